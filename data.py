@@ -1,0 +1,291 @@
+"""Precomputed regions and captions in SCAN's layout.
+
+    DATA_PATH/DATA_NAME/{split}_ims.npy    float32 or float16 (n, R, img_dim), one row an image, or
+                                           each row five times over (older files)
+    DATA_PATH/DATA_NAME/{split}_caps.txt   one caption a line, those of an image consecutive
+    DATA_PATH/DATA_NAME/{split}_ids.txt    one image id a line (optional)
+
+Region arrays are memory-mapped and read row by row; captions are tokenised once.
+
+Shape letters: B images (one an example of a batch), C captions (C = B in a batch), R regions,
+L longest caption.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from errors import InputError
+from vocab import Vocabulary, read_captions
+
+REPEATED = 5  # how often older files repeat each image
+DROP_PAGES_AFTER = 64 * 2**20  # bytes read from a region file before its pages are handed back
+
+
+class Batch(NamedTuple):
+    """Captions and their images, longest caption first."""
+
+    images: Tensor  # (B, R, img_dim) float32
+    captions: Tensor  # (C, L) word ids, padded with 0
+    lengths: Tensor  # (C,) words of each caption, with <start> and <end>
+    image_index: Tensor  # (B,) which image of the split
+    caption_index: Tensor  # (C,) which caption of the split
+
+    def to(self, device: torch.device) -> Batch:
+        """Moved to the device, but for `lengths`' users on the CPU nothing else changes."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class RegionFile:
+    """A memory-mapped `{split}_ims.npy`, one row an image.
+
+    Resident memory does not grow with the file: after every 64 MiB read its pages are handed
+    back to the page cache. Copies into worker processes reopen the file.
+
+    Raises:
+        InputError: if it is no float array of rank 3, or its width or number of regions is not
+            what was asked for.
+    """
+
+    def __init__(
+        self, path: Path, img_dim: int | None = None, num_regions: int | None = None
+    ) -> None:
+        self.path = path
+        self._open()
+        if self._rows.ndim != 3 or 0 in self._rows.shape:
+            raise InputError(
+                f"{path}: expected regions as (images, regions, img_dim), found {self._rows.shape}"
+            )
+        if self._rows.dtype not in (np.float32, np.float16):
+            raise InputError(f"{path}: expected float32 or float16, found {self._rows.dtype}")
+        self.num_rows, self.num_regions, self.img_dim = self._rows.shape
+        for name, asked in (("num_regions", num_regions), ("img_dim", img_dim)):
+            if asked is not None and asked != getattr(self, name):
+                raise InputError(
+                    f"{path}: {name} is {getattr(self, name)} in the file {self._rows.shape}, "
+                    f"but {asked} was asked for (--{name}, or the checkpoint)"
+                )
+
+    def _open(self) -> None:
+        self._bytes_read = 0
+        try:
+            self._rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError) as error:
+            raise InputError(f"{self.path}: not a readable .npy array: {error}") from error
+        if not isinstance(self._rows, np.memmap):
+            raise InputError(f"{self.path}: not a single .npy array (an archive?)")
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_rows"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __getitem__(self, rows: int | slice) -> np.ndarray:
+        """Rows as float32 (…, R, img_dim), checked to be finite."""
+        regions = np.array(self._rows[rows], dtype=np.float32)
+        if not np.isfinite(regions).all():
+            first = rows.start if isinstance(rows, slice) else rows
+            raise InputError(f"{self.path}: NaN or infinite features in row {first} or soon after")
+        self._bytes_read += self._rows.itemsize * regions.size
+        if self._bytes_read > DROP_PAGES_AFTER and isinstance(self._rows.base, mmap.mmap):
+            self._bytes_read = 0
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._rows.base.madvise(mmap.MADV_DONTNEED)
+        return regions
+
+    def repeats(self) -> bool:
+        """Whether each image stands five times over (looked at in three places)."""
+        if self.num_rows % REPEATED:
+            return False
+        groups = self.num_rows // REPEATED
+        places = {0, groups // 2, groups - 1}
+        return all(
+            np.array_equal(self._rows[REPEATED * g], self._rows[REPEATED * g + k])
+            for g in places
+            for k in range(1, REPEATED)
+        )
+
+
+class PrecompDataset(Dataset):
+    """One split: an example is a caption with its image.
+
+    Images and captions can also be gone through apart (`image_blocks`, `caption_blocks`), so
+    that an evaluation encodes each image once.
+
+    Args:
+        max_captions: keep only the first so many captions (the released code cuts dev at 5,000).
+        img_dim, num_regions: refuse a file of other sizes; None takes what the file holds.
+
+    Raises:
+        InputError: for missing files, files of a wrong kind, or counts that do not fit.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        data_name: str,
+        split: str,
+        vocab: Vocabulary,
+        img_dim: int | None = None,
+        num_regions: int | None = None,
+        max_captions: int | None = None,
+    ) -> None:
+        self.name, self.split = data_name, split
+        ims, caps, ids = find_files(data_path, data_name, split)
+        self.regions = RegionFile(ims, img_dim, num_regions)
+        texts = read_captions(caps)
+        self.row_step = self._row_step(len(texts), caps)
+        self.n_images = self.regions.num_rows // self.row_step
+        self.captions_per_image = len(texts) // self.n_images
+        if max_captions:
+            texts = texts[:max_captions]
+            self.n_images = min(self.n_images, -(-len(texts) // self.captions_per_image))
+        self.texts = texts
+        # One array for all captions: worker processes share it instead of copying lists.
+        encoded = [vocab.encode(text) for text in texts]
+        self.lengths = torch.tensor([len(words) for words in encoded])
+        self._words = torch.tensor([word for words in encoded for word in words])
+        self._ends = self.lengths.cumsum(0)
+        self.image_ids = self._read_ids(ids)
+
+    def _row_step(self, n_captions: int, caps: Path) -> int:
+        rows = self.regions.num_rows
+        if n_captions == rows:
+            return REPEATED if self.regions.repeats() else 1
+        if n_captions == 0 or n_captions % rows:
+            raise InputError(
+                f"{caps}: {n_captions} captions do not fit the {rows} images of "
+                f"{self.regions.path.name}: expected {REPEATED * rows}, or another multiple"
+            )
+        return 1
+
+    def _read_ids(self, path: Path) -> list[str]:
+        if not path.is_file():
+            return [str(image) for image in range(self.n_images)]
+        ids = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        ids = [line.strip() for line in (ids[:-1] if ids[-1] == "" else ids)]
+        counts = {self.regions.num_rows // self.row_step: 1, self.regions.num_rows: self.row_step}
+        counts.setdefault(len(self.texts), self.captions_per_image)
+        if len(ids) not in counts:
+            raise InputError(
+                f"{path}: {len(ids)} ids do not fit the {self.n_images} images of "
+                f"{self.regions.path.name}"
+            )
+        return ids[:: counts[len(ids)]][: self.n_images]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def image_of_caption(self) -> np.ndarray:
+        """(n_captions,) the image each caption belongs to."""
+        return np.arange(len(self)) // self.captions_per_image
+
+    def image(self, index: int) -> Tensor:
+        """Image `index` of the split: (R, img_dim) float32."""
+        return torch.from_numpy(self.regions[index * self.row_step])
+
+    def words(self, index: int) -> Tensor:
+        """Caption `index` of the split: (length,) word ids with <start> and <end>."""
+        end = self._ends[index]
+        return self._words[end - self.lengths[index] : end]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int]:
+        image = index // self.captions_per_image
+        return self.image(image), self.words(index), image, index
+
+    def image_blocks(self, size: int) -> Iterator[Tensor]:
+        """Every image once, in order: (≤ size, R, img_dim) at a time."""
+        for start in range(0, self.n_images, size):
+            stop = min(start + size, self.n_images)
+            rows = slice(start * self.row_step, stop * self.row_step, self.row_step)
+            yield torch.from_numpy(self.regions[rows])
+
+    def caption_blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every caption once, in order: padded (≤ size, longest of the block) and lengths."""
+        for start in range(0, len(self), size):
+            block = [self.words(i) for i in range(start, min(start + size, len(self)))]
+            yield pad(block)
+
+
+def find_files(data_path: str | Path, data_name: str, split: str) -> tuple[Path, Path, Path]:
+    """The paths of a split's regions, captions and (optional) ids.
+
+    Raises:
+        InputError: naming the folder, what it lacks, and both ways on: the data and the demo.
+    """
+    folder = Path(data_path) / data_name
+    ims, caps, ids = (folder / f"{split}_{kind}" for kind in ("ims.npy", "caps.txt", "ids.txt"))
+    missing = [file.name for file in (ims, caps) if not file.is_file()]
+    if missing:
+        splits = sorted(file.name.removesuffix("_ims.npy") for file in folder.glob("*_ims.npy"))
+        there = f"splits there: {', '.join(splits)}" if splits else "no splits there"
+        raise InputError(
+            f"{folder}: {' and '.join(missing)} not found ({there}). Download SCAN's features "
+            f"(README, 'Data') and name their folder with --data_path, or make the small embedded "
+            f"data set: python scripts/make_scenes.py, then --data_name scenes_precomp"
+        )
+    return ims, caps, ids
+
+
+def pad(captions: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Captions of any lengths -> padded (C, L) and lengths (C,)."""
+    lengths = torch.tensor([len(words) for words in captions])
+    return torch.nn.utils.rnn.pad_sequence(captions, batch_first=True), lengths
+
+
+def collate(examples: list[tuple[Tensor, Tensor, int, int]]) -> Batch:
+    """Examples of a PrecompDataset -> Batch."""
+    examples = sorted(examples, key=lambda example: len(example[1]), reverse=True)
+    images, words, image_index, caption_index = zip(*examples, strict=True)
+    captions, lengths = pad(list(words))
+    return Batch(
+        torch.stack(images), captions, lengths,
+        torch.tensor(image_index), torch.tensor(caption_index),
+    )  # fmt: skip
+
+
+class ShuffledBatches:
+    """A batch sampler whose order depends on (seed, epoch) alone: call `set_epoch` each epoch.
+
+    A last batch of one example is left out: it has no negative, and no batch statistics.
+    """
+
+    def __init__(self, n_examples: int, batch_size: int, seed: int) -> None:
+        self.n_examples, self.batch_size, self.seed, self.epoch = n_examples, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return (self.n_examples + self.batch_size - 2) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.n_examples, generator=generator)
+        for batch in order.split(self.batch_size)[: len(self)]:
+            yield batch.tolist()
+
+
+def train_loader(
+    dataset: PrecompDataset, batch_size: int, workers: int, seed: int, pin_memory: bool = False
+) -> DataLoader:
+    """Shuffled batches for training; `loader.batch_sampler.set_epoch(e)` before each epoch."""
+    return DataLoader(
+        dataset,
+        batch_sampler=ShuffledBatches(len(dataset), batch_size, seed),
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )

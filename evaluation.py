@@ -1,0 +1,354 @@
+"""Encode, score, rank, report.
+
+    python evaluation.py                                        # ./runs/LHSC, test split
+    python evaluation.py --model_path runs/coco/checkpoint/model_best.pth.tar \\
+        --data_name coco_precomp --split testall --fold5        # COCO 1K, five folds
+    python evaluation.py --model_path A.pth.tar B.pth.tar       # an ensemble: mean of the scores
+
+Everything not named is taken from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoint import load_checkpoint, model_from
+from data import PrecompDataset
+from errors import InputError, one_line
+from metrics import mean_metrics, retrieval_metrics
+from model import LHSC
+from vocab import Vocabulary, vocab_file
+
+DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
+ENCODE_BATCH = 100  # the released code's; with its padding a caption's embedding depends on it
+N_FOLDS = 5
+# Scores are computed in tiles of so many words; the images of a tile follow from the model's
+# block_numel. Memory is bounded by the tile, not by the test set.
+TILE_WORDS = {"cpu": 2048, "cuda": 8192}
+
+
+class EncodedImages(NamedTuple):
+    region_emb: Tensor  # (B, R, D)
+    image_global: Tensor  # (B, D)
+
+    def rows(self, rows: slice) -> EncodedImages:
+        return EncodedImages(self.region_emb[rows], self.image_global[rows])
+
+
+class EncodedCaptions(NamedTuple):
+    word_emb: Tensor  # (W, D) words of all captions end to end
+    caption_global: Tensor  # (C, D)
+    lengths: Tensor  # (C,)
+
+    def rows(self, rows: slice) -> EncodedCaptions:
+        ends = self.lengths.cumsum(0)
+        first = int(ends[rows.start - 1]) if rows.start else 0
+        words = self.word_emb[first : int(ends[rows.stop - 1])]
+        return EncodedCaptions(words, self.caption_global[rows], self.lengths[rows])
+
+
+def select_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1`.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this PyTorch sees no CUDA; use --device cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def progress(items: Iterable, total: int, what: str) -> Iterator:
+    """A bar on a terminal; elsewhere a plain line at every quarter of work over 10 seconds."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=what, leave=False)
+        return
+    start, told = time.monotonic(), 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        quarter, elapsed = 4 * done // max(total, 1), time.monotonic() - start
+        if quarter > told and elapsed > 10:
+            told = quarter
+            print(f"{what}: {done}/{total}, {elapsed:.0f} s", file=sys.stderr, flush=True)
+
+
+@torch.inference_mode()
+def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) -> EncodedImages:
+    """Every image of the split, each once."""
+    blocks = dataset.image_blocks(ENCODE_BATCH)
+    total = -(-dataset.n_images // ENCODE_BATCH)
+    regions, images = [], []
+    for block in progress(blocks, total, "encoding images"):
+        regions.append(model.image_encoder(block.to(device)))
+        images.append(model.similarity.region_pooling(regions[-1]))
+    return EncodedImages(torch.cat(regions), torch.cat(images))
+
+
+@torch.inference_mode()
+def encode_captions(model: LHSC, dataset: PrecompDataset, device: torch.device) -> EncodedCaptions:
+    """Every caption of the split, in batches of 100 in file order (as the released code)."""
+    total = -(-len(dataset) // ENCODE_BATCH)
+    words, captions = [], []
+    blocks = dataset.caption_blocks(ENCODE_BATCH)
+    for block, lengths in progress(blocks, total, "encoding captions"):
+        lengths = lengths.to(device)
+        words.append(model.text_encoder(block.to(device), lengths))
+        captions.append(model.similarity.word_pooling(words[-1], lengths))
+    return EncodedCaptions(torch.cat(words), torch.cat(captions), dataset.lengths.to(device))
+
+
+def caption_tiles(lengths: Tensor, n_words: int) -> list[slice]:
+    """Consecutive captions of at most `n_words` words together (a longer one stands alone)."""
+    tiles, start, words = [], 0, 0
+    for caption, length in enumerate(lengths.tolist()):
+        if words and words + length > n_words:
+            tiles.append(slice(start, caption))
+            start, words = caption, 0
+        words += length
+    return [*tiles, slice(start, len(lengths))]
+
+
+@torch.inference_mode()
+def score(model: LHSC, images: EncodedImages, captions: EncodedCaptions) -> np.ndarray:
+    """Scores of all images × all captions: float32 (n_images, n_captions) on the CPU.
+
+    Time grows with images × words; memory beyond the result is one tile's.
+    """
+    similarity, device = model.similarity, images.region_emb.device.type
+    sims = np.empty((len(images.image_global), len(captions.lengths)), dtype=np.float32)
+    tiles = caption_tiles(captions.lengths, TILE_WORDS[device])
+    for tile in progress(tiles, len(tiles), "scoring"):
+        part = captions.rows(tile)
+        size = max(1, similarity.block_numel[device] // part.word_emb.numel())
+        for start in range(0, len(sims), size):
+            rows = slice(start, min(start + size, len(sims)))
+            scores = similarity.score(*images.rows(rows), *part)
+            sims[rows, tile] = scores.float().cpu().numpy()
+    return sims
+
+
+def fold_slices(dataset: PrecompDataset) -> list[tuple[slice, slice]]:
+    """Five equal, consecutive folds: the images and the captions of each.
+
+    Raises:
+        InputError: if the images cannot be divided so.
+    """
+    n_images, per_image = dataset.n_images, dataset.captions_per_image
+    if n_images % N_FOLDS or len(dataset) != n_images * per_image:
+        raise InputError(f"--fold5: {n_images} images do not make {N_FOLDS} equal folds")
+    size = n_images // N_FOLDS
+    return [
+        (slice(k * size, (k + 1) * size), slice(k * size * per_image, (k + 1) * size * per_image))
+        for k in range(N_FOLDS)
+    ]
+
+
+def evaluate(
+    models: list[LHSC],
+    dataset: PrecompDataset,
+    device: torch.device,
+    fold5: bool = False,
+    whole: bool = True,
+) -> tuple[dict, np.ndarray | None]:
+    """Metrics of one model, or of several by the mean of their scores, and the score matrix.
+
+    With `fold5` only the folds' own blocks are scored, a fifth of the work, unless `whole`; then
+    no matrix is returned.
+
+    Raises:
+        InputError: if a score is not finite.
+    """
+    folds = fold_slices(dataset) if fold5 else []
+    everything = (slice(0, dataset.n_images), slice(0, len(dataset)))
+    wanted = folds if fold5 and not whole else [everything]
+    totals: list[np.ndarray] = []
+    for model in models:
+        images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
+        sims = [score(model, images.rows(i), captions.rows(c)) for i, c in wanted]
+        totals = sims if not totals else [a + b for a, b in zip(totals, sims, strict=True)]
+        del images, captions
+    blocks = [total / np.float32(len(models)) for total in totals]
+    matrix = blocks[0] if wanted == [everything] else None
+    if fold5 and matrix is not None:
+        blocks = [matrix[i, c] for i, c in folds]
+    image_of_caption = dataset.image_of_caption
+    try:
+        if not fold5:
+            return retrieval_metrics(blocks[0], image_of_caption), matrix
+        first = image_of_caption[folds[0][1]]
+        return mean_metrics([retrieval_metrics(block, first) for block in blocks]), matrix
+    except ValueError as error:
+        raise InputError(f"{dataset.name} {dataset.split}: {error}") from error
+
+
+def protocol(data_name: str, split: str, n_images: int, fold5: bool) -> str:
+    """The name of the protocol that a number belongs to."""
+    if fold5:
+        known = data_name.startswith("coco") and split == "testall" and n_images == 5000
+        name = "COCO 1K" if known else f"{data_name} {split}"
+        return f"{name}, mean of five folds of {n_images // N_FOLDS:,} images"
+    if data_name.startswith("coco") and split == "testall" and n_images == 5000:
+        return "COCO 5K"
+    if data_name.startswith("coco") and split == "test":
+        return (
+            f"COCO first {n_images:,} of testall: not comparable with COCO 1K, which is the mean "
+            f"of five folds (--split testall --fold5)"
+        )
+    if data_name.startswith("f30k") and split == "test" and n_images == 1000:
+        return "F30K 1K"
+    return f"{data_name} {split}, {n_images:,} images"
+
+
+def report(metrics: dict) -> str:
+    """The metrics as a small table."""
+    lines = [f"{'':16}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'medr':>7}{'meanr':>8}"]
+    for way, name in (("i2t", "image to text"), ("t2i", "text to image")):
+        m = metrics[way]
+        lines.append(
+            f"{name:16}{m['r1']:7.1f}{m['r5']:7.1f}{m['r10']:7.1f}{m['medr']:7.1f}{m['meanr']:8.1f}"
+        )
+    folds = [f"{fold['rsum']:.1f}" for fold in metrics.get("folds", [])]
+    return "\n".join([*lines, f"rsum {metrics['rsum']:.1f}" + f"  {folds}" * bool(folds)])
+
+
+def _load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabulary]:
+    """A model, its options overridden by what was asked for, and its vocabulary, checked."""
+    checkpoint = load_checkpoint(path)
+    model = model_from(checkpoint, path)
+    given = {k: v for k, v in vars(opt).items() if v is not None}
+    options = {"data_path": "./data", "vocab_path": "./vocab"} | checkpoint["opt"] | given
+    if "data_name" not in options:
+        raise InputError(f"{path}: it does not name its data set; give --data_name")
+    # A model keeps the vocabulary of the data it was trained on, whatever it is evaluated on.
+    trained_on = checkpoint["opt"].get("data_name", options["data_name"])
+    file = vocab_file(options["vocab_path"], trained_on)
+    vocab = Vocabulary.load(file)
+    expected = checkpoint["opt"]["vocab_size"]
+    if len(vocab) != expected or checkpoint.get("vocab", vocab.fingerprint()) != (
+        vocab.fingerprint()
+    ):
+        raise InputError(
+            f"{file}: not the vocabulary {path} was trained with ({len(vocab)} words here, "
+            f"{expected} there); name the folder of the right one with --vocab_path"
+        )
+    return model, options, vocab
+
+
+def run(opt: argparse.Namespace) -> dict:
+    """What the command line does; returns the metrics it prints."""
+    for target in (opt.save_sims, opt.save_metrics):
+        if target is not None and not Path(target).absolute().parent.is_dir():
+            raise InputError(f"{target}: the folder to write into does not exist")
+    device = select_device(opt.device)
+    paths = [opt.model_path] if isinstance(opt.model_path, str | Path) else opt.model_path
+    loaded = [_load(path, opt) for path in paths]
+    models = [model.to(device) for model, _, _ in loaded]
+    _, options, vocab = loaded[0]
+    for path, (_, _, other) in zip(paths, loaded, strict=True):
+        if other.fingerprint() != vocab.fingerprint():
+            raise InputError(f"{path}: an ensemble needs one vocabulary, this has another")
+    sizes = {(m.image_encoder.fc.in_features, o["num_regions"]) for m, o, _ in loaded}
+    if len(sizes) > 1:
+        raise InputError(f"an ensemble needs one kind of regions, found {sorted(sizes)}")
+    img_dim, num_regions = sizes.pop()
+    limit = options.get("val_captions") if opt.split == "dev" else None
+    dataset = PrecompDataset(
+        options["data_path"], options["data_name"], opt.split, vocab, img_dim, num_regions, limit
+    )
+    metrics, sims = evaluate(
+        models, dataset, device, opt.fold5, whole=not opt.fold5 or opt.save_sims is not None
+    )
+    name = protocol(dataset.name, dataset.split, dataset.n_images, opt.fold5)
+    members = f", ensemble of {len(models)}" if len(models) > 1 else ""
+    print(f"{name} ({dataset.n_images:,} images, {len(dataset):,} captions{members})")
+    print(report(metrics), flush=True)
+    if opt.save_sims is not None:
+        _write(opt.save_sims, lambda file: np.save(file, sims))
+    if opt.save_metrics is not None:
+        text = json.dumps(metrics | {"protocol": name}, indent=1) + "\n"
+        _write(opt.save_metrics, lambda file: file.write(text.encode()))
+    return metrics
+
+
+def _write(target: str | Path, write) -> None:
+    temporary = Path(f"{target}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Evaluate LHSC: recalls in both directions.", allow_abbrev=False
+    )
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--model_path", default=[DEFAULT_MODEL], nargs="+", metavar="CKPT",
+                        help="checkpoint; several are averaged by their scores")
+    parser.add_argument("--data_path", default=None, help="folder of the data sets")
+    parser.add_argument("--data_name", default=None, help="its folder in data_path")
+    parser.add_argument("--vocab_path", default=None, help="folder of the vocabularies")
+    parser.add_argument("--split", default="test", choices=["dev", "test", "testall"])
+    parser.add_argument("--fold5", default=False, action=switch,
+                        help="mean over five folds (COCO 1K, with --split testall)")
+    parser.add_argument("--save_sims", default=None, metavar="F.npy",
+                        help="write the scores, float32 (n_images, n_captions)")
+    parser.add_argument("--save_metrics", default=None, metavar="F.json", help="write the metrics")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser  # fmt: skip
+
+
+def evalrank(
+    model_path: str | Path,
+    data_path: str | Path | None = None,
+    split: str = "dev",
+    fold5: bool = False,
+    **others: object,
+) -> dict:
+    """Evaluate a checkpoint on a split: prints the metrics and returns them.
+
+    `others`: any other option of the command line by name (vocab_path, data_name, device, …).
+
+    Raises:
+        InputError: for anything wrong with the files.
+    """
+    opt = options().parse_args([])
+    unknown = sorted(others.keys() - vars(opt).keys())
+    if unknown:
+        raise TypeError(f"evalrank has no option {unknown[0]}")
+    given = {"model_path": model_path, "data_path": data_path, "split": split, "fold5": fold5}
+    return run(argparse.Namespace(**vars(opt) | given | others))
+
+
+@one_line
+def main() -> None:
+    run(options().parse_args())
+
+
+if __name__ == "__main__":
+    main()
