@@ -166,10 +166,13 @@ def cross_attention(
 
     region_emb (B, R, D), word_emb (W, D), owner (W,) -> weights (B, W, R), rows sum to 1.
     """
-    affinity = F.leaky_relu(word_emb @ region_emb.transpose(1, 2), 0.1)  # (B, W, R)
-    squared = segment_sum(affinity.square(), owner, n_captions, dim=1)  # (B, C, R)
+    n_images, n_regions, _ = region_emb.shape
+    affinity = F.leaky_relu(word_emb @ region_emb.flatten(0, 1).T, 0.1)  # (W, B R): one product
+    affinity = affinity.view(-1, n_images, n_regions)  # (W, B, R)
+    squared = segment_sum(affinity.square(), owner, n_captions, dim=0)  # (C, B, R)
     scale = sharpness * inverse_length(safe_sqrt(squared))
-    return (affinity * scale.index_select(1, owner)).softmax(dim=-1)
+    weights = (affinity * scale.index_select(0, owner)).softmax(dim=-1)
+    return weights.transpose(0, 1).contiguous()  # (B, W, R)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

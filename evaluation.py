@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignment import block_images
 from checkpoint import load_checkpoint, model_from
 from data import PrecompDataset
 from errors import InputError, one_line
@@ -33,8 +34,8 @@ from vocab import Vocabulary, vocab_file
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
 ENCODE_BATCH = 100  # the released code's; with its padding a caption's embedding depends on it
 N_FOLDS = 5
-# Scores are computed in tiles of so many words; the images of a tile follow from the model's
-# block_numel. Memory is bounded by the tile, not by the test set.
+# Scores are computed in tiles of so many words; its images are one block of
+# alignment.py's. Memory is bounded by the tile, not by the test set.
 TILE_WORDS = {"cpu": 2048, "cuda": 8192}
 
 
@@ -142,7 +143,7 @@ def score(model: LHSC, images: EncodedImages, captions: EncodedCaptions) -> np.n
     tiles = caption_tiles(captions.lengths, TILE_WORDS[device])
     for tile in progress(tiles, len(tiles), "scoring"):
         part = captions.rows(tile)
-        size = max(1, similarity.block_numel[device] // part.word_emb.numel())
+        size = block_images(device, *part.word_emb.shape)
         for start in range(0, len(sims), size):
             rows = slice(start, min(start + size, len(sims)))
             scores = similarity.score(*images.rows(rows), *part)

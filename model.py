@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from torch.utils.checkpoint import checkpoint
 
+from alignment import LocalAlignment
 from attention import (
     EPS,
     RegionPooling,
@@ -136,11 +136,6 @@ class CaptionBatchNorm(nn.BatchNorm1d):
 class SimilarityEncoder(nn.Module):
     """Local and global alignments of every image with every caption, gated into one score."""
 
-    # Images are aligned in blocks of about this many numbers in the (b, W, D) intermediate, on
-    # CPU and on CUDA. In training a block is recomputed in the backward pass, so that of its
-    # D-wide numbers none is kept.
-    block_numel = {"cpu": 2**21, "cuda": 2**28}
-
     def __init__(
         self, embed_size: int, sim_dim: int, num_regions: int = 36, pool_dropout: float = 0.4
     ) -> None:
@@ -170,7 +165,8 @@ class SimilarityEncoder(nn.Module):
     ) -> Tensor:
         """(B, R, D), (B, D), (W, D), (C, D), lengths (C,) -> sims (B, C) in (0, 1)."""
         owner = owner_of(lengths)
-        local, globl = self._in_blocks(region_emb, image_global, word_emb, caption_global, owner)
+        local = self.local_alignment(region_emb, word_emb, owner, len(lengths))  # (B, W, S)
+        globl = self.global_alignment(image_global, caption_global)  # (B, C, S)
         local_gate, globl_gate = self.gates(local, globl, lengths, owner)  # (B, W), (B, C)
         pooled = segment_sum(local_gate.unsqueeze(-1) * local, owner, len(lengths), dim=1)
         sim = l2norm(pooled + globl_gate.unsqueeze(-1) * globl)  # (B, C, S)
@@ -188,9 +184,8 @@ class SimilarityEncoder(nn.Module):
         gram = region_emb @ region_emb.transpose(1, 2)  # (B, R, R)
         squared = ((weights @ gram) * weights).sum(-1, keepdim=True)  # (B, W, 1)
         weights = weights * inverse_length(safe_sqrt(squared.clamp_min(0)))
-        words = word_emb.expand(len(region_emb), -1, -1)
-        difference = torch.baddbmm(words, weights, region_emb, beta=-1)  # (B, W, D)
-        return l2norm(self.local_fc(difference.square()))
+        P, p = self.local_fc.weight, self.local_fc.bias
+        return LocalAlignment.apply(weights, region_emb, word_emb, P, p, EPS)
 
     def global_alignment(self, image_global: Tensor, caption_global: Tensor) -> Tensor:
         """s_0 = l2norm(P' (î − ĉ)² + p'): (B, D), (C, D) -> globl (B, C, S)."""
@@ -208,35 +203,6 @@ class SimilarityEncoder(nn.Module):
         local_gate, globl_gate = local_gate.sigmoid(), globl_gate.sigmoid()
         total = segment_sum(local_gate, owner, len(lengths), dim=1) + globl_gate + EPS  # (B, C)
         return local_gate / total.index_select(1, owner), globl_gate / total
-
-    def _in_blocks(
-        self,
-        region_emb: Tensor,
-        image_global: Tensor,
-        word_emb: Tensor,
-        caption_global: Tensor,
-        owner: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Alignments of all images, some images at a time -> local (B, W, S), globl (B, C, S)."""
-
-        def align(regions: Tensor, images: Tensor, words: Tensor, captions: Tensor):
-            local = self.local_alignment(regions, words, owner, len(captions))
-            return local, self.global_alignment(images, captions)
-
-        block = max(1, self.block_numel.get(region_emb.device.type, 2**24) // word_emb.numel())
-        blocks = zip(region_emb.split(block), image_global.split(block), strict=True)
-        if torch.is_grad_enabled():
-            parts = [
-                checkpoint(
-                    align, *pair, word_emb, caption_global,
-                    use_reentrant=False, preserve_rng_state=False,  # no dropout inside
-                )
-                for pair in blocks
-            ]  # fmt: skip
-        else:
-            parts = [align(*pair, word_emb, caption_global) for pair in blocks]
-        local, globl = zip(*parts, strict=True)
-        return torch.cat(local), torch.cat(globl)
 
 
 class LHSC(nn.Module):
