@@ -32,6 +32,12 @@ from evaluation import evaluate, report, select_device
 from model import LHSC, triplet_loss
 from vocab import Vocabulary, build_from_data, vocab_file
 
+COLLAPSED = (
+    "note: the loss is that of scores all alike (2 · margin · batch): hardest negatives have "
+    "collapsed the scores. If it stays there, start again with --warmup_epochs 1, in which all "
+    "negatives count, or a smaller --learning_rate"
+)
+
 
 def options() -> argparse.ArgumentParser:
     """The released flags under their released names; the defaults are the paper's F30K run."""
@@ -74,6 +80,8 @@ def options() -> argparse.ArgumentParser:
     add("--grad_clip", default=2.0, type=not_negative, help="gradient norm; 0 = no clipping")
     add("--margin", default=0.2, type=not_negative, help="of the hinge loss")
     add("--max_violation", default=True, action=switch, help="only the hardest negative counts")
+    add("--warmup_epochs", default=0, type=at_least(0),
+        help="first epochs in which all negatives count, against collapse (released: 0)")
 
     add = parser.add_argument_group("run").add_argument
     add("--model_name", default="./runs/LHSC/checkpoint", help="folder for checkpoints, metrics")
@@ -113,17 +121,30 @@ def rate(text: str) -> float:
 
 
 def train_step(
-    model: LHSC, optimizer: torch.optim.Optimizer, batch: Batch, opt: argparse.Namespace
+    model: LHSC,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    margin: float = 0.2,
+    max_violation: bool = True,
+    grad_clip: float = 2.0,
 ) -> float:
     """One optimizer step; returns the loss, summed over the batch."""
     sims = model(batch.images, batch.captions, batch.lengths)  # (B, B)
-    loss = triplet_loss(sims, opt.margin, opt.max_violation)
+    loss = triplet_loss(sims, margin, max_violation)
     optimizer.zero_grad()
     loss.backward()
-    if opt.grad_clip > 0:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), opt.grad_clip)
+    if grad_clip > 0:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
     return loss.item()
+
+
+def collapsed(loss: float, opt: argparse.Namespace, hardest: bool) -> bool:
+    """Whether a loss is that of scores all alike: 2 · margin · batch with hardest negatives.
+
+    Training with hardest negatives from the first step can settle there; see --warmup_epochs.
+    """
+    return hardest and opt.margin > 0 and abs(loss / (2 * opt.margin * opt.batch_size) - 1) < 0.01
 
 
 class RunLog:
@@ -260,7 +281,7 @@ def train(opt: argparse.Namespace) -> dict:
     log = RunLog(folder, opt.logger_name, describe(opt, device))
 
     best: dict = {"rsum": -1.0}
-    step, validated = 0, 0
+    step, validated, warned = 0, 0, False
 
     def state(epoch: int) -> dict:
         return {
@@ -286,10 +307,11 @@ def train(opt: argparse.Namespace) -> dict:
         model.train()
         clock = end = time.perf_counter()
         losses, waited, since = 0.0, 0.0, step
+        hardest = opt.max_violation and epoch >= opt.warmup_epochs
         for i, batch in enumerate(loader, start=1):
             batch = batch.to(device)
             waited += time.perf_counter() - end
-            loss = train_step(model, optimizer, batch, opt)
+            loss = train_step(model, optimizer, batch, opt.margin, hardest, opt.grad_clip)
             step += 1
             if not np.isfinite(loss):
                 raise InputError(f"the loss is {loss} at step {step} (epoch {epoch}): stopped")
@@ -305,6 +327,9 @@ def train(opt: argparse.Namespace) -> dict:
                     },
                     f"epoch {epoch} [{i}/{len(loader)}]",
                 )  # fmt: skip
+                if i < len(loader) and collapsed(losses / n, opt, hardest) and not warned:
+                    warned = True
+                    print(COLLAPSED, flush=True)
                 losses, waited, since = 0.0, 0.0, step
                 clock = end = time.perf_counter()
             if step % opt.val_step == 0:

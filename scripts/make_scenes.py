@@ -31,7 +31,7 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -121,7 +121,10 @@ class Scene:
 
 GROUPS = [Group(*g) for g in itertools.product(COUNTS, SIZES, COLOURS, SHAPES)]
 THIRD_GROUP = 0.25  # of the scenes
-SINGLES = {"train": 2, "dev": 0, "test": 0}  # pictures without a twin after each two with one
+# Pictures of the same groups, each in another relation. Half a batch's worth of right object
+# names teaches no relation: it is learned from such pictures that meet in a batch, and of four
+# alike three times as many meet as of two.
+FAMILY = {"train": 4, "dev": 2, "test": 2}
 
 
 def split_of(a: Group, b: Group) -> str:
@@ -145,7 +148,6 @@ def draw_scenes(split: str, n: int, rng: np.random.Generator) -> list[Scene]:
     pairs = [p for p in pairs if split_of(*p) == split]
     used: set[frozenset[Group]] = set()
     scenes: list[Scene] = []
-    singles = 0  # how many of the coming pictures go without a twin
     for k in rng.permutation(len(pairs)):
         if len(scenes) >= n:
             return scenes[:n]
@@ -155,16 +157,19 @@ def draw_scenes(split: str, n: int, rng: np.random.Generator) -> list[Scene]:
         if rng.random() < THIRD_GROUP:
             groups += third_group(groups, split, used, rng)
         used.update(frozenset(pair) for pair in itertools.combinations(groups, 2))
-        first, second = rng.choice(list(RELATIONS), size=2, replace=False)
-        if rng.random() < 0.5:
-            second = RELATIONS[first].opposite
-        index = len(scenes)
-        twinned = singles == 0 and index + 1 < n
-        scenes.append(Scene(tuple(groups), str(first), index + 1 if twinned else None))
-        if twinned:
-            scenes.append(Scene(tuple(groups), str(second), index))
-        singles = SINGLES[split] if twinned else singles - 1
+        for relation in draw_relations(FAMILY[split], rng):
+            twin = len(scenes) ^ 1
+            scenes.append(Scene(tuple(groups), relation, twin if twin < n else None))
     raise InputError(f"--{split} {n}: there are {len(scenes)} different scenes for this split")
+
+
+def draw_relations(n: int, rng: np.random.Generator) -> list[str]:
+    """n different relations, first and second opposite two times in three."""
+    relations = [str(r) for r in rng.permutation(list(RELATIONS))]
+    opposite = relations.index(RELATIONS[relations[0]].opposite)
+    if rng.random() < 0.5:
+        relations[1], relations[opposite] = relations[opposite], relations[1]
+    return relations[:n]
 
 
 def third_group(
@@ -348,3 +353,239 @@ def write_captions(
         captions.append(caption(templates[t], groups, relation, aside, rng))
         named.append(groups if with_third else groups[:2])
     return captions, named
+
+
+# ---------------------------------------------------------------- features of 36 windows
+
+GRID, WINDOW, STRIDE = 6, 36, 12  # windows overlap; (GRID − 1) · STRIDE + WINDOW = SIDE
+N_COLOUR, N_EDGE, N_PART = 16, 24, 80
+FEATURE_BLOCK = 16  # pictures at a time
+
+
+def window_boxes() -> np.ndarray:
+    """The windows, row by row: float32 (R, 4), x1 y1 x2 y2 in pixels."""
+    corner = np.arange(GRID) * STRIDE
+    y, x = (c.ravel() for c in np.meshgrid(corner, corner, indexing="ij"))
+    return np.stack([x, y, x + WINDOW, y + WINDOW], axis=1).astype(np.float32)
+
+
+def fixed_filters() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Colour filters (N_COLOUR, 3, 1, 1) and their biases, edge and part filters.
+
+    Random, but the same for every data set: features of two of them can be compared.
+    """
+    generator = torch.Generator().manual_seed(0)
+    colour = F.normalize(torch.randn(N_COLOUR, 3, 1, 1, generator=generator), dim=1)
+    bias = (torch.rand(N_COLOUR, generator=generator) - 0.5) / 2
+    edge = torch.randn(N_EDGE, 3, 3, 3, generator=generator)
+    edge = edge - edge.mean(dim=(2, 3), keepdim=True)  # blind to even ground
+    edge = edge / edge.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+    part = torch.randn(N_PART, N_EDGE, 4, 4, generator=generator) / math.sqrt(N_EDGE * 4 * 4)
+    return colour, bias, edge, part
+
+
+def window_geometry() -> Tensor:
+    """Where each window is, (R, 12): its corners, and waves of its centre along x and y."""
+    boxes = torch.from_numpy(window_boxes()) / SIDE
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    waves = [f(math.pi * k * centre) for k in (1, 2) for f in (torch.sin, torch.cos)]
+    return torch.cat([boxes, *waves], dim=1)
+
+
+@torch.inference_mode()
+def region_features(pixels: np.ndarray) -> np.ndarray:
+    """pixels (n, SIDE, SIDE, 3) uint8 -> float32 (n, R, dim), not yet standardised.
+
+    Of each window, from the pixels inside it alone: mean colour of its 3 × 3 cells; mean
+    response of colour filters, edge filters and part filters (of edges), each followed by a
+    ReLU, and the largest response of part filters; its place.
+    """
+    if pixels.shape[1:] != (SIDE, SIDE, 3) or pixels.dtype != np.uint8:
+        raise ValueError(f"expected uint8 (n, {SIDE}, {SIDE}, 3): {pixels.dtype} {pixels.shape}")
+    colour, bias, edge, part = fixed_filters()
+    geometry = window_geometry()
+    blocks = []
+    for start in range(0, len(pixels), FEATURE_BLOCK):
+        block = torch.from_numpy(pixels[start : start + FEATURE_BLOCK])
+        images = block.permute(0, 3, 1, 2).float() / 255 - 0.5  # (b, 3, H, W)
+        cells = F.unfold(F.avg_pool2d(images, STRIDE), WINDOW // STRIDE).transpose(1, 2)
+        colours = F.relu(F.conv2d(images, colour, bias))
+        edges = F.relu(F.conv2d(images, edge))
+        # Parts see 10 × 10 pixels: 4 × 4 of the halved map of edges, which see 3 × 3.
+        parts = F.relu(F.conv2d(F.avg_pool2d(edges, 2), part))
+        features = [
+            cells,
+            pool_windows(F.avg_pool2d, colours, step=1, sees=1),
+            pool_windows(F.avg_pool2d, edges, step=1, sees=3),
+            pool_windows(F.avg_pool2d, parts, step=2, sees=10),
+            pool_windows(F.max_pool2d, parts, step=2, sees=10),
+            geometry.expand(len(block), -1, -1),
+        ]
+        blocks.append(torch.cat(features, dim=2))  # (b, R, dim)
+    return torch.cat(blocks).numpy()
+
+
+def pool_windows(pool: Callable[..., Tensor], maps: Tensor, step: int, sees: int) -> Tensor:
+    """maps (b, c, h, w) -> (b, R, c): each window's responses that see nothing outside it.
+
+    `step` pixels lie between neighbours in a map, each of which sees `sees` × `sees` pixels.
+    """
+    pooled = pool(maps, (WINDOW - sees) // step + 1, STRIDE // step)  # (b, c, GRID, GRID)
+    return pooled.flatten(2).transpose(1, 2)
+
+
+# ---------------------------------------------------------------- what guessing gets
+
+
+def objects_only(scenes: Sequence[Scene], named: Sequence[tuple[Group, ...]]) -> np.ndarray:
+    """Scores (n_images, n_captions): the share of the groups named that are in the picture."""
+    there = np.array([[g in scene.groups for g in GROUPS] for scene in scenes], dtype=np.float32)
+    names = np.array([[g in groups for g in GROUPS] for groups in named], dtype=np.float32)
+    return there @ names.T / names.sum(axis=1)
+
+
+def expected_recall(scores: np.ndarray, right: np.ndarray, k: int) -> float:
+    """R@k in percent, its expectation when ties are broken at random.
+
+    scores, right (n_queries, n_candidates); a query's rank is that of its best right answer. Of m
+    right and w wrong ones tied at the top score of the right, behind g better wrong ones, a right
+    one is among the first k unless the first k − g of the m + w are all wrong.
+    """
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    tied = scores == best
+    counts = zip(
+        (tied & right).sum(axis=1).tolist(),
+        (tied & ~right).sum(axis=1).tolist(),
+        (scores > best).sum(axis=1).tolist(),
+        strict=True,
+    )
+    return 100 * sum(
+        1 - math.comb(w, k - g) / math.comb(m + w, min(k - g, m + w)) if k > g else 0.0
+        for m, w, g in counts
+    ) / len(scores)  # fmt: skip
+
+
+def ceiling(scores: np.ndarray, image_of_caption: np.ndarray) -> dict:
+    """Expected recalls of tied scores (n_images, n_captions), named as in metrics.py."""
+    right = np.arange(len(scores))[:, None] == image_of_caption
+    ways = {"i2t": (scores, right), "t2i": (scores.T, right.T)}
+    recalls = {
+        way: {f"r{k}": expected_recall(*tables, k) for k in (1, 5, 10)}
+        for way, tables in ways.items()
+    }
+    return recalls | {"rsum": sum(sum(recall.values()) for recall in recalls.values())}
+
+
+# ---------------------------------------------------------------- the command line
+
+
+class Split(NamedTuple):
+    named: list[tuple[Group, ...]]  # groups each caption names
+    features: np.ndarray  # (n, R, dim), not yet standardised
+
+
+def make_split(out: Path, split: str, scenes: list[Scene], seed: int) -> Split:
+    """Draw a split and write all of it but its features.
+
+    Each picture has a generator of its own: more pictures, or another split, change none.
+    """
+    images, folder = out / "scenes_images" / split, out / "scenes_precomp"
+    for stale in images.glob(f"{split}_*.png"):
+        stale.unlink()
+    ids, lines, captions, named = [], [], [], []
+    pixels = np.empty((len(scenes), SIDE, SIDE, 3), dtype=np.uint8)
+    for index, scene in enumerate(progress(scenes, len(scenes), f"drawing {split}")):
+        rng = np.random.default_rng([seed, SPLITS.index(split), index])
+        places, radii = lay_out(scene, rng)
+        file = images / f"{split}_{index:05}.png"
+        draw(scene, places, radii, rng).save(file, compress_level=1)
+        with Image.open(file) as picture:
+            pixels[index] = np.asarray(picture)
+        texts, groups = write_captions(scene, rng)
+        ids.append(file.name)
+        captions += texts
+        named += groups
+        lines.append(json.dumps(describe(scene, file.name, places, radii)))
+    for kind, content in (("ids.txt", ids), ("caps.txt", captions), ("scenes.jsonl", lines)):
+        text = "".join(f"{line}\n" for line in content)
+        (folder / f"{split}_{kind}").write_text(text, encoding="utf-8", newline="\n")
+    boxes = np.repeat(window_boxes()[None], len(scenes), axis=0)
+    np.save(folder / f"{split}_boxes.npy", boxes)
+    return Split(named, region_features(pixels))
+
+
+def describe(scene: Scene, name: str, places: list[np.ndarray], radii: list[float]) -> dict:
+    """A scene as the line of {split}_scenes.jsonl."""
+    groups = [
+        group._asdict() | {"radius": round(radius, 1), "centres": centres.round(1).tolist()}
+        for group, centres, radius in zip(scene.groups, places, radii, strict=True)
+    ]
+    return {"image": name, "groups": groups, "relation": scene.relation, "twin": scene.twin}
+
+
+def make_scenes(out: Path, seed: int, sizes: dict[str, int]) -> dict:
+    """Write the data set and print what there is; returns the ceiling of seeing objects only.
+
+    Raises:
+        InputError: for sizes or a seed that cannot be used, before anything is written.
+    """
+    if seed < 0:
+        raise InputError(f"--seed {seed}: should be 0 or more")
+    for split, n in sizes.items():
+        if n < 1:
+            raise InputError(f"--{split} {n}: should be 1 or more")
+    if sizes["test"] % 2:
+        raise InputError(f"--test {sizes['test']}: should be even, test pictures are twins")
+    scenes = {
+        split: draw_scenes(split, sizes[split], np.random.default_rng([seed, k]))
+        for k, split in enumerate(SPLITS)
+    }
+    folder = out / "scenes_precomp"
+    for path in (folder, *(out / "scenes_images" / split for split in SPLITS)):
+        path.mkdir(parents=True, exist_ok=True)
+
+    made = {split: make_split(out, split, scenes[split], seed) for split in SPLITS}
+    mean = made["train"].features.mean(axis=(0, 1), dtype=np.float64)
+    std = made["train"].features.std(axis=(0, 1), dtype=np.float64)
+    for split, (_, features) in made.items():
+        standardised = ((features - mean) / (std + 1e-6)).astype(np.float32)
+        np.save(folder / f"{split}_ims.npy", standardised)
+
+    named = made["test"].named
+    image_of_caption = np.arange(len(named)) // CAPTIONS
+    guess = ceiling(objects_only(scenes["test"], named), image_of_caption)
+    print(f"{folder}: {GRID * GRID} regions × {len(mean)}")
+    for split, n in sizes.items():
+        size = (folder / f"{split}_ims.npy").stat().st_size / 1e6
+        twins = sum(scene.twin is not None for scene in scenes[split])
+        print(f"{split:6}{n:6,} pictures ({twins:,} have a twin), {n * CAPTIONS:6,} captions, "
+              f"{size:.1f} MB")  # fmt: skip
+    print("seeing objects only, twins by guess, test would give (expected):")
+    for way, name in (("i2t", "image to text"), ("t2i", "text to image")):
+        r = guess[way]
+        print(f"{name}  R@1 {r['r1']:.1f}  R@5 {r['r5']:.1f}  R@10 {r['r10']:.1f}")
+    print(f"rsum {guess['rsum']:.1f}")
+    return guess
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Draw the embedded data set.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", default="data", type=Path, help="the folder of data sets")
+    parser.add_argument("--seed", default=0, type=int, help="of scenes, pictures and captions")
+    parser.add_argument("--train", default=2500, type=int, help="pictures to train on")
+    parser.add_argument("--dev", default=200, type=int, help="pictures to validate on")
+    parser.add_argument("--test", default=400, type=int, help="pictures to test on, an even number")
+    return parser  # fmt: skip
+
+
+@one_line
+def main() -> None:
+    opt = options().parse_args()
+    make_scenes(opt.out, opt.seed, {split: getattr(opt, split) for split in SPLITS})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
