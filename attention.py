@@ -90,6 +90,7 @@ class WordSelfAttention(nn.Module):
         if mask is None:
             affinity = affinity / words.shape[1]
         else:
+            mask = mask.to(words.dtype)
             affinity = affinity * (mask / mask.sum(1, keepdim=True)).unsqueeze(1)
         return words + affinity @ value
 

@@ -82,7 +82,7 @@ def rename_released(image: dict, text: dict, similarity: dict) -> dict[str, Tens
             heads = [head.sub(rf".\g<1>{k}.", name) for k in _HEADS]
             missing = [h for h in heads if h not in released]
             if missing:
-                raise InputError(f"released checkpoint: {part} lacks {missing[0]}")
+                raise InputError(f"as a released checkpoint {part} lacks {missing[0]}")
             released[name] = torch.cat([released.pop(h) for h in heads])
         for name, tensor in released.items():
             ours = _our_name(part, name)
@@ -97,7 +97,7 @@ def _our_name(part: str, name: str) -> str:
     if number:
         module = module[: number.start()] + "{n}" + module[number.end() :]
     if module not in RELEASED_NAMES[part]:
-        raise InputError(f"released checkpoint: {part} has {name}, which LHSC does not know")
+        raise InputError(f"as a released checkpoint {part} has {name}, unknown to LHSC")
     ours = RELEASED_NAMES[part][module]
     return f"{ours.format(n=int(number[0]) - 1 if number else None)}.{parameter}"
 
@@ -106,7 +106,10 @@ def _translate_released(raw: dict, path: Path) -> dict:
     """A released checkpoint -> the dict a checkpoint of ours holds."""
     if len(raw["model"]) != 3 or not all(isinstance(s, dict) for s in raw["model"]):
         raise InputError(f"{path}: 'model' should be three state dicts [image, text, similarity]")
-    state = rename_released(*raw["model"])
+    try:
+        state = rename_released(*raw["model"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     opt = vars(raw["opt"]) if isinstance(raw["opt"], argparse.Namespace) else dict(raw["opt"])
     opt = {_text(k): _text(v) for k, v in opt.items()}
 

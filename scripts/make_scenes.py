@@ -12,13 +12,13 @@ writes, the same bytes for the same options,
     data/scenes_precomp/{split}_scenes.jsonl          what was drawn, one JSON object a picture
 
 A scene is two groups of objects (one to three of a size, colour and shape) in a relation, at
-times with a third group that stands aside. Every test picture has a TWIN: the same groups in
-another relation. Each caption names both groups and the relation, so it is true of its picture
-and false of the twin, and a matcher that sees objects only must guess between the two. The last
-lines printed are how far such guessing gets: a model that scores more has read relations.
+times with a third group that stands aside. Every picture has a TWIN: the same groups in another
+relation. Each caption names both groups and the relation, so it is true of its picture and false
+of the twin, and a matcher that sees objects only must guess between the two. The last lines
+printed are how far such guessing gets: a model that scores more has read relations.
 
-Two groups that stand together in one split do so in no other, and in dev and test in no other
-pair of twins.
+Train pictures come in families of four, the same groups in each of the four relations. Two groups
+that stand together in one family, or pair of twins, do so in no other, of any split.
 
 Shape letters: n pictures, H and W their sides in pixels, R = 36 regions.
 """
@@ -26,6 +26,7 @@ Shape letters: n pictures, H and W their sides in pixels, R = 36 regions.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -121,12 +122,12 @@ class Scene:
 
 GROUPS = [Group(*g) for g in itertools.product(COUNTS, SIZES, COLOURS, SHAPES)]
 THIRD_GROUP = 0.25  # of the scenes
-# Pictures of the same groups, each in another relation. Half a batch's worth of right object
-# names teaches no relation: it is learned from such pictures that meet in a batch, and of four
-# alike three times as many meet as of two.
+# Pictures of the same groups, each in another relation. Relations are learned from such pictures
+# that meet in a batch; of families of four, three times as many meet as of twins.
 FAMILY = {"train": 4, "dev": 2, "test": 2}
 
 
+@functools.cache
 def split_of(a: Group, b: Group) -> str:
     """The one split in which these two groups stand together: 5/8 train, 1/8 dev, 2/8 test."""
     key = zlib.crc32(repr(sorted([tuple(a), tuple(b)])).encode())
@@ -150,7 +151,7 @@ def draw_scenes(split: str, n: int, rng: np.random.Generator) -> list[Scene]:
     scenes: list[Scene] = []
     for k in rng.permutation(len(pairs)):
         if len(scenes) >= n:
-            return scenes[:n]
+            break
         groups = [pairs[k][i] for i in rng.permutation(2)]
         if frozenset(groups) in used:
             continue
@@ -160,7 +161,9 @@ def draw_scenes(split: str, n: int, rng: np.random.Generator) -> list[Scene]:
         for relation in draw_relations(FAMILY[split], rng):
             twin = len(scenes) ^ 1
             scenes.append(Scene(tuple(groups), relation, twin if twin < n else None))
-    raise InputError(f"--{split} {n}: there are {len(scenes)} different scenes for this split")
+    if len(scenes) < n:
+        raise InputError(f"--{split} {n}: there are {len(scenes)} different scenes for this split")
+    return scenes[:n]
 
 
 def draw_relations(n: int, rng: np.random.Generator) -> list[str]:
@@ -570,7 +573,8 @@ def make_scenes(out: Path, seed: int, sizes: dict[str, int]) -> dict:
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Draw the embedded data set.", allow_abbrev=False,
+        description="Draw the embedded data set.",
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", default="data", type=Path, help="the folder of data sets")
