@@ -20,7 +20,7 @@ printed are how far such guessing gets: a model that scores more has read relati
 Train pictures come in families of four, the same groups in each of the four relations. Two groups
 that stand together in one family, or pair of twins, do so in no other, of any split.
 
-Shape letters: n pictures, H and W their sides in pixels, R = 36 regions.
+Shape letters: n pictures, b pictures of a block, R = 36 regions.
 """
 
 from __future__ import annotations
@@ -145,8 +145,10 @@ def draw_scenes(split: str, n: int, rng: np.random.Generator) -> list[Scene]:
     Raises:
         InputError: if there are not so many.
     """
-    pairs = [p for p in itertools.combinations(GROUPS, 2) if not alike(*p)]
-    pairs = [p for p in pairs if split_of(*p) == split]
+    pairs = [
+        pair for pair in itertools.combinations(GROUPS, 2)
+        if split_of(*pair) == split and not alike(*pair)
+    ]  # fmt: skip
     used: set[frozenset[Group]] = set()
     scenes: list[Scene] = []
     for k in rng.permutation(len(pairs)):
@@ -498,7 +500,7 @@ def make_split(out: Path, split: str, scenes: list[Scene], seed: int) -> Split:
     ids, lines, captions, named = [], [], [], []
     pixels = np.empty((len(scenes), SIDE, SIDE, 3), dtype=np.uint8)
     for index, scene in enumerate(progress(scenes, len(scenes), f"drawing {split}")):
-        rng = np.random.default_rng([seed, SPLITS.index(split), index])
+        rng = np.random.default_rng([seed, SPLITS.index(split), 1 + index])
         places, radii = lay_out(scene, rng)
         file = images / f"{split}_{index:05}.png"
         draw(scene, places, radii, rng).save(file, compress_level=1)
@@ -540,7 +542,7 @@ def make_scenes(out: Path, seed: int, sizes: dict[str, int]) -> dict:
     if sizes["test"] % 2:
         raise InputError(f"--test {sizes['test']}: should be even, test pictures are twins")
     scenes = {
-        split: draw_scenes(split, sizes[split], np.random.default_rng([seed, k]))
+        split: draw_scenes(split, sizes[split], np.random.default_rng([seed, k, 0]))
         for k, split in enumerate(SPLITS)
     }
     folder = out / "scenes_precomp"
