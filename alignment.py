@@ -79,7 +79,7 @@ class LocalAlignment(torch.autograd.Function):
 
 
 def _difference(weights: Tensor, regions: Tensor, words: Tensor, buffer: Tensor) -> Tensor:
-    """weights · regions − words, written into `buffer`: (b, W, R), (b, R, D), (W, D) -> (b, W, D)."""
+    """weights · regions − words in `buffer`: (b, W, R), (b, R, D), (W, D) -> (b, W, D)."""
     out = buffer[: len(weights)]
     out.copy_(words)
     return torch.baddbmm(out, weights, regions, beta=-1, out=out)

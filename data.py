@@ -156,7 +156,7 @@ class PrecompDataset(Dataset):
         self.lengths = torch.tensor([len(words) for words in encoded])
         self._words = torch.tensor([word for words in encoded for word in words])
         self._ends = self.lengths.cumsum(0)
-        self.image_ids = self._read_ids(ids)
+        self.image_ids = read_ids(ids, self.regions.num_rows // self.row_step)[: self.n_images]
 
     def _row_step(self, n_captions: int, caps: Path) -> int:
         rows = self.regions.num_rows
@@ -168,20 +168,6 @@ class PrecompDataset(Dataset):
                 f"{self.regions.path.name}: expected {REPEATED * rows}, or another multiple"
             )
         return 1
-
-    def _read_ids(self, path: Path) -> list[str]:
-        if not path.is_file():
-            return [str(image) for image in range(self.n_images)]
-        ids = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        ids = [line.strip() for line in (ids[:-1] if ids[-1] == "" else ids)]
-        counts = {self.regions.num_rows // self.row_step: 1, self.regions.num_rows: self.row_step}
-        counts.setdefault(len(self.texts), self.captions_per_image)
-        if len(ids) not in counts:
-            raise InputError(
-                f"{path}: {len(ids)} ids do not fit the {self.n_images} images of "
-                f"{self.regions.path.name}"
-            )
-        return ids[:: counts[len(ids)]][: self.n_images]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -236,6 +222,23 @@ def find_files(data_path: str | Path, data_name: str, split: str) -> tuple[Path,
             f"data set: python scripts/make_scenes.py, then --data_name scenes_precomp"
         )
     return ims, caps, ids
+
+
+def read_ids(path: Path, n_images: int) -> list[str]:
+    """The image ids of a split, one an image: `{split}_ids.txt`, or numbers where it is missing.
+
+    Files that say each id once for every caption are taken as well.
+
+    Raises:
+        InputError: if the number of ids does not fit.
+    """
+    if not path.is_file():
+        return [str(image) for image in range(n_images)]
+    ids = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    ids = [line.strip() for line in (ids[:-1] if ids[-1] == "" else ids)]
+    if not ids or len(ids) % n_images:
+        raise InputError(f"{path}: {len(ids)} ids do not fit {n_images} images")
+    return ids[:: len(ids) // n_images]
 
 
 def pad(captions: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """Something the user gave (file, option, checkpoint) cannot be used; the message says it all."""
+    """What the user gave (file, option, checkpoint) cannot be used; the message says it all."""
 
     def __str__(self) -> str:
         # A DataLoader worker's error arrives as the text of its traceback: keep the message.

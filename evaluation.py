@@ -309,16 +309,29 @@ def options() -> argparse.ArgumentParser:
         description="Evaluate LHSC: recalls in both directions.", allow_abbrev=False
     )
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--model_path", default=[DEFAULT_MODEL], nargs="+", metavar="CKPT",
-                        help="checkpoint; several are averaged by their scores")
+    parser.add_argument(
+        "--model_path",
+        default=[DEFAULT_MODEL],
+        nargs="+",
+        metavar="CKPT",
+        help="checkpoint; several are averaged by their scores",
+    )
     parser.add_argument("--data_path", default=None, help="folder of the data sets")
     parser.add_argument("--data_name", default=None, help="its folder in data_path")
     parser.add_argument("--vocab_path", default=None, help="folder of the vocabularies")
     parser.add_argument("--split", default="test", choices=["dev", "test", "testall"])
-    parser.add_argument("--fold5", default=False, action=switch,
-                        help="mean over five folds (COCO 1K, with --split testall)")
-    parser.add_argument("--save_sims", default=None, metavar="F.npy",
-                        help="write the scores, float32 (n_images, n_captions)")
+    parser.add_argument(
+        "--fold5",
+        default=False,
+        action=switch,
+        help="mean over five folds (COCO 1K, with --split testall)",
+    )
+    parser.add_argument(
+        "--save_sims",
+        default=None,
+        metavar="F.npy",
+        help="write the scores, float32 (n_images, n_captions)",
+    )
     parser.add_argument("--save_metrics", default=None, metavar="F.json", help="write the metrics")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser  # fmt: skip

@@ -43,7 +43,8 @@ def options() -> argparse.ArgumentParser:
     """The released flags under their released names; the defaults are the paper's F30K run."""
     switch = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(
-        description="Train LHSC.", allow_abbrev=False,
+        description="Train LHSC.",
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("data").add_argument
@@ -51,8 +52,12 @@ def options() -> argparse.ArgumentParser:
     add("--data_name", default="f30k_precomp", help="its folder in data_path")
     add("--vocab_path", default="./vocab", help="folder of the vocabularies")
     add("--workers", default=min(4, os.cpu_count() or 1), type=at_least(0), help="loader processes")
-    add("--val_captions", default=0, type=at_least(0),
-        help="dev captions to validate on, 0 = all (the released code: 5000)")
+    add(
+        "--val_captions",
+        default=0,
+        type=at_least(0),
+        help="dev captions to validate on, 0 = all (the released code: 5000)",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add("--img_dim", default=None, type=at_least(1), help="width of a region; None = the file's")
@@ -69,8 +74,12 @@ def options() -> argparse.ArgumentParser:
     add("--drop_out", default=0.0, type=rate, help="dropout in word self-attention")
     add("--embed_dropout", default=0.4, type=rate, help="dropout of word embeddings")
     add("--pool_dropout", default=0.4, type=rate, help="dropout in global pooling")
-    add("--padding", default="masked", choices=["masked", "released"],
-        help="released: <pad> words take part in self-attention, as in the released code")
+    add(
+        "--padding",
+        default="masked",
+        choices=["masked", "released"],
+        help="released: <pad> words take part in self-attention, as in the released code",
+    )
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", default=128, type=at_least(2), help="captions (and images) a step")
@@ -80,8 +89,12 @@ def options() -> argparse.ArgumentParser:
     add("--grad_clip", default=2.0, type=not_negative, help="gradient norm; 0 = no clipping")
     add("--margin", default=0.2, type=not_negative, help="of the hinge loss")
     add("--max_violation", default=True, action=switch, help="only the hardest negative counts")
-    add("--warmup_epochs", default=0, type=at_least(0),
-        help="first epochs in which all negatives count, against collapse (released: 0)")
+    add(
+        "--warmup_epochs",
+        default=0,
+        type=at_least(0),
+        help="first epochs in which all negatives count, against collapse (released: 0)",
+    )
 
     add = parser.add_argument_group("run").add_argument
     add("--model_name", default="./runs/LHSC/checkpoint", help="folder for checkpoints, metrics")
@@ -116,7 +129,7 @@ def positive(text: str) -> float:
 
 def rate(text: str) -> float:
     if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a dropout rate is from 0 up to, not including, 1")
+        raise argparse.ArgumentTypeError(f"{text}: a dropout rate is at least 0 and below 1")
     return float(text)
 
 

@@ -28,7 +28,7 @@ from errors import InputError, one_line
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unk>")
 PUNKT_MISSING = (
     "nltk's Punkt data is not installed: sentences are split by nltk's untrained Punkt, which "
-    "differs after abbreviations ('mr. smith'); to get the data: python -m nltk.downloader punkt_tab"
+    "differs after abbreviations ('mr. smith'); to get it: python -m nltk.downloader punkt_tab"
 )
 
 

@@ -12,6 +12,7 @@ units, a unit being 20 pixels of the PNG; every position below is in these units
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -287,7 +288,7 @@ def draw_text_encoder(ax: Axes) -> None:
     box(ax, 37.4, bottom, 7.6, height, edge=TEXT[2])
     for x, step in ((39.8, 1), (42.6, -1)):
         order = rows[::step]
-        for start, end in zip(order, order[1:], strict=False):
+        for start, end in itertools.pairwise(order):
             arrow(ax, (x, start), (x, end + 0.45 * step), color=TEXT[3], lw=1.0, head=5)
         for y in rows:
             ax.add_patch(Circle((x, y), 0.48, fc=TEXT[3], ec="white", lw=0.8, zorder=5))

@@ -313,9 +313,7 @@ class ReleasedLHSC(nn.Module):
         )
         self.sim_enc = ReleasedSimilarity(embed_size, sim_dim, num_regions, pooling_dropout)
 
-    def forward(
-        self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor
-    ) -> Tensor:
+    def forward(self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
         """(B, R, img_dim), (C, L), (C,) -> sims (B, C)"""
         return score_loop(
             self.sim_enc, self.img_enc(images), self.txt_enc(captions, lengths), lengths

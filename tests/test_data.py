@@ -219,7 +219,7 @@ def test_caption_counts_that_do_not_fit_are_refused(tiny, vocab, change):
 
 def test_ids_that_do_not_fit_are_refused(tiny, vocab):
     (tiny / "data/tiny/dev_ids.txt").write_text("a\nb\n")
-    with pytest.raises(InputError, match="2 ids do not fit the 10 images"):
+    with pytest.raises(InputError, match="2 ids do not fit 10 images"):
         load(tiny, vocab)
 
 

@@ -238,7 +238,9 @@ def test_a_linear_map_reads_colour_shape_and_size_from_a_window():
     for attribute, least in (("colour", 0.97), ("shape", 0.9), ("size", 0.97)):
         values = sorted({getattr(group, attribute) for group in groups})
         labels = np.array([values.index(getattr(group, attribute)) for group in groups])
-        ridge = np.linalg.solve(kernel[seen][:, seen] + np.eye(300), np.eye(len(values))[labels[seen]])
+        ridge = np.linalg.solve(
+            kernel[seen][:, seen] + np.eye(300), np.eye(len(values))[labels[seen]]
+        )
         read = (kernel[~seen][:, seen] @ ridge).argmax(axis=1)
         accuracy = (read == labels[~seen]).mean()
         print(attribute, accuracy)

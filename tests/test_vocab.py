@@ -10,7 +10,9 @@ import vocab as vocab_module
 from errors import InputError
 from vocab import SPECIAL_TOKENS, Vocabulary, build_vocab, read_captions, tokenize
 
-HOSTILE = ["🙂🙂", "naïve café", "a\tb", "it's 5 o'clock .", "x" * 2000, "dog " * 500, "<unk> <end>"]
+HOSTILE = [
+    "🙂🙂", "naïve café", "a\tb", "it's 5 o'clock .", "x" * 2000, "dog " * 500, "<unk> <end>"
+]  # fmt: skip
 
 
 def test_words_are_lower_case_and_punctuation_stands_apart():
