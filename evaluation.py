@@ -240,12 +240,12 @@ def _load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabu
     checkpoint = load_checkpoint(path)
     model = model_from(checkpoint, path)
     given = {k: v for k, v in vars(opt).items() if v is not None}
-    options = {"data_path": "./data", "vocab_path": "./vocab"} | checkpoint["opt"] | given
-    if "data_name" not in options:
+    settings = {"data_path": "./data", "vocab_path": "./vocab"} | checkpoint["opt"] | given
+    if "data_name" not in settings:
         raise InputError(f"{path}: it does not name its data set; give --data_name")
     # A model keeps the vocabulary of the data it was trained on, whatever it is evaluated on.
-    trained_on = checkpoint["opt"].get("data_name", options["data_name"])
-    file = vocab_file(options["vocab_path"], trained_on)
+    trained_on = checkpoint["opt"].get("data_name", settings["data_name"])
+    file = vocab_file(settings["vocab_path"], trained_on)
     vocab = Vocabulary.load(file)
     expected = checkpoint["opt"]["vocab_size"]
     if len(vocab) != expected or checkpoint.get("vocab", vocab.fingerprint()) != (
@@ -255,7 +255,7 @@ def _load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabu
             f"{file}: not the vocabulary {path} was trained with ({len(vocab)} words here, "
             f"{expected} there); name the folder of the right one with --vocab_path"
         )
-    return model, options, vocab
+    return model, settings, vocab
 
 
 def run(opt: argparse.Namespace) -> dict:
@@ -267,7 +267,7 @@ def run(opt: argparse.Namespace) -> dict:
     paths = [opt.model_path] if isinstance(opt.model_path, str | Path) else opt.model_path
     loaded = [_load(path, opt) for path in paths]
     models = [model.to(device) for model, _, _ in loaded]
-    _, options, vocab = loaded[0]
+    _, settings, vocab = loaded[0]
     for path, (_, _, other) in zip(paths, loaded, strict=True):
         if other.fingerprint() != vocab.fingerprint():
             raise InputError(f"{path}: an ensemble needs one vocabulary, this has another")
@@ -275,9 +275,9 @@ def run(opt: argparse.Namespace) -> dict:
     if len(sizes) > 1:
         raise InputError(f"an ensemble needs one kind of regions, found {sorted(sizes)}")
     img_dim, num_regions = sizes.pop()
-    limit = options.get("val_captions") if opt.split == "dev" else None
+    limit = settings.get("val_captions") if opt.split == "dev" else None
     dataset = PrecompDataset(
-        options["data_path"], options["data_name"], opt.split, vocab, img_dim, num_regions, limit
+        settings["data_path"], settings["data_name"], opt.split, vocab, img_dim, num_regions, limit
     )
     metrics, sims = evaluate(
         models, dataset, device, opt.fold5, whole=not opt.fold5 or opt.save_sims is not None
