@@ -1,6 +1,6 @@
 """The embedded data set: small drawn pictures, five captions each, 36 regions, SCAN's layout.
 
-    python scripts/make_scenes.py                     # into ./data, under a minute on one core
+    python scripts/make_scenes.py                     # into ./data, half a minute on one core
 
 writes, the same bytes for the same options,
 
@@ -581,7 +581,7 @@ def options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", default="data", type=Path, help="the folder of data sets")
     parser.add_argument("--seed", default=0, type=int, help="of scenes, pictures and captions")
-    parser.add_argument("--train", default=2500, type=int, help="pictures to train on")
+    parser.add_argument("--train", default=2000, type=int, help="pictures to train on")
     parser.add_argument("--dev", default=200, type=int, help="pictures to validate on")
     parser.add_argument("--test", default=400, type=int, help="pictures to test on, an even number")
     return parser  # fmt: skip

@@ -243,7 +243,6 @@ def test_a_linear_map_reads_colour_shape_and_size_from_a_window():
         )
         read = (kernel[~seen][:, seen] @ ridge).argmax(axis=1)
         accuracy = (read == labels[~seen]).mean()
-        print(attribute, accuracy)
         assert accuracy >= least, attribute
 
 
