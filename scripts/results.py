@@ -4,8 +4,8 @@
     python scripts/results.py --write    # put it into the README
     python scripts/results.py --check    # exit 1 if the README says something else
 
-A run is a folder of `results/` that holds `metrics.jsonl` (as train.py wrote it) and `test.json` (as
-`evaluation.py --save_metrics` wrote it); its name is the row's.
+A run is a folder of `results/` that holds `metrics.jsonl` (as train.py wrote it) and `test.json`
+(as `evaluation.py --save_metrics` wrote it); its name is the row's.
 """
 
 from __future__ import annotations

@@ -1,0 +1,52 @@
+"""The README's results come from logs."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from test_commands import refused, run
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results" / "a run"
+    folder.mkdir(parents=True)
+    lines = [
+        {"type": "run", "seed": 3, "hardware": {"device": "a CPU", "threads": 2}},
+        {"type": "train", "epoch": 0, "step": 100, "batch_time": 18.0},
+        {"type": "dev", "epoch": 0, "step": 100, "rsum": 100.0},
+        {"type": "train", "epoch": 1, "step": 150, "batch_time": 36.0},
+        {"type": "dev", "epoch": 1, "step": 150, "rsum": 90.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ranks = {"r1": 10.04, "r5": 20.0, "r10": 30.0, "medr": 5.0, "meanr": 9.0}
+    test = {"i2t": ranks, "t2i": ranks, "rsum": 120.08, "protocol": "X 1K"}
+    (folder / "test.json").write_text(json.dumps(test))
+    readme = tmp_path / "README.md"
+    readme.write_text("head\n<!-- results: begin -->\nold\n<!-- results: end -->\ntail\n")
+    return tmp_path
+
+
+def command(folder, *arguments):
+    return run(folder, "scripts/results.py", "--results", "results", "--readme", "README.md",
+               *arguments)  # fmt: skip
+
+
+def test_the_table_is_written_and_checked(results):
+    assert command(results, "--check").returncode == 1
+    assert command(results, "--write").returncode == 0
+    text = (results / "README.md").read_text()
+    assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
+    assert ("| a run | X 1K | 10.0 / 20.0 / 30.0 | 10.0 / 20.0 / 30.0 | **120.1** | 100.0 "
+            "| 2, 1.0 h | a CPU, 2 threads | 3 |") in text  # fmt: skip
+    assert command(results, "--check").returncode == 0
+
+
+def test_a_run_without_its_logs_is_refused(results):
+    (results / "results" / "a run" / "test.json").unlink()
+    refused(command(results, "--check"), "a run", "test.json")
+
+
+def test_this_readme_and_these_logs_agree():
+    result = run(ROOT, "scripts/results.py", "--check")
+    assert result.returncode == 0, result.stderr
