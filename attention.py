@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPS = 1e-8
+SHARPNESS = 9.0  # of the softmax over regions
 
 
 def l2norm(x: Tensor, dim: int = -1, eps: float = EPS) -> Tensor:
@@ -157,13 +158,11 @@ class WordPooling(nn.Module):
 # -- words over regions ---------------------------------------------------------------------------
 
 
-def cross_attention(
-    region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int, sharpness: float = 9.0
-) -> Tensor:
+def cross_attention(region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int) -> Tensor:
     """Word-guided attention over the regions of each image.
 
     A = leaky_relu₀.₁(q v), each region's column divided by its length over the words of the
-    caption, softmax over regions of `sharpness` · A.
+    caption, softmax over regions of SHARPNESS · A.
 
     region_emb (B, R, D), word_emb (W, D), owner (W,) -> weights (B, W, R), rows sum to 1.
     """
@@ -171,7 +170,7 @@ def cross_attention(
     affinity = F.leaky_relu(word_emb @ region_emb.flatten(0, 1).T, 0.1)  # (W, B R): one product
     affinity = affinity.view(-1, n_images, n_regions)  # (W, B, R)
     squared = segment_sum(affinity.square(), owner, n_captions, dim=0)  # (C, B, R)
-    scale = sharpness * inverse_length(safe_sqrt(squared))
+    scale = SHARPNESS * inverse_length(safe_sqrt(squared))
     weights = (affinity * scale.index_select(0, owner)).softmax(dim=-1)
     return weights.transpose(0, 1).contiguous()  # (B, W, R)
 

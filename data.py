@@ -197,11 +197,10 @@ class PrecompDataset(Dataset):
             rows = slice(start * self.row_step, stop * self.row_step, self.row_step)
             yield torch.from_numpy(self.regions[rows])
 
-    def caption_blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every caption once, in order: padded (≤ size, longest of the block) and lengths."""
-        for start in range(0, len(self), size):
-            block = [self.words(i) for i in range(start, min(start + size, len(self)))]
-            yield pad(block)
+    def caption_blocks(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The captions `order` names: padded (≤ size, longest of the block), lengths, indices."""
+        for block in order.split(size):
+            yield *pad([self.words(int(i)) for i in block]), block
 
 
 def find_files(data_path: str | Path, data_name: str, split: str) -> tuple[Path, Path, Path]:

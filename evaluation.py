@@ -17,46 +17,23 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from alignment import block_images
+from attention import owner_of
 from checkpoint import load_checkpoint, model_from
 from data import PrecompDataset
 from errors import InputError, one_line
 from metrics import mean_metrics, retrieval_metrics
 from model import LHSC
+from scoring import EncodedCaptions, EncodedImages, Scorer
 from vocab import Vocabulary, vocab_file
 
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
 ENCODE_BATCH = 100  # the released code's; with its padding a caption's embedding depends on it
 N_FOLDS = 5
-# Scores are computed in tiles of so many words; its images are one block of
-# alignment.py's. Memory is bounded by the tile, not by the test set.
-TILE_WORDS = {"cpu": 2048, "cuda": 8192}
-
-
-class EncodedImages(NamedTuple):
-    region_emb: Tensor  # (B, R, D)
-    image_global: Tensor  # (B, D)
-
-    def rows(self, rows: slice) -> EncodedImages:
-        return EncodedImages(self.region_emb[rows], self.image_global[rows])
-
-
-class EncodedCaptions(NamedTuple):
-    word_emb: Tensor  # (W, D) words of all captions end to end
-    caption_global: Tensor  # (C, D)
-    lengths: Tensor  # (C,)
-
-    def rows(self, rows: slice) -> EncodedCaptions:
-        ends = self.lengths.cumsum(0)
-        first = int(ends[rows.start - 1]) if rows.start else 0
-        words = self.word_emb[first : int(ends[rows.stop - 1])]
-        return EncodedCaptions(words, self.caption_global[rows], self.lengths[rows])
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the scoring's products
 
 
 def select_device(name: str) -> torch.device:
@@ -101,53 +78,53 @@ def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) ->
     """Every image of the split, each once."""
     blocks = dataset.image_blocks(ENCODE_BATCH)
     total = -(-dataset.n_images // ENCODE_BATCH)
+    encoder = model.image_encoder.folded()
     regions, images = [], []
     for block in progress(blocks, total, "encoding images"):
-        regions.append(model.image_encoder(block.to(device)))
+        regions.append(encoder(block.to(device)))
         images.append(model.similarity.region_pooling(regions[-1]))
     return EncodedImages(torch.cat(regions), torch.cat(images))
 
 
 @torch.inference_mode()
 def encode_captions(model: LHSC, dataset: PrecompDataset, device: torch.device) -> EncodedCaptions:
-    """Every caption of the split, in batches of 100 in file order (as the released code)."""
-    total = -(-len(dataset) // ENCODE_BATCH)
-    words, captions = [], []
-    blocks = dataset.caption_blocks(ENCODE_BATCH)
-    for block, lengths in progress(blocks, total, "encoding captions"):
-        lengths = lengths.to(device)
-        words.append(model.text_encoder(block.to(device), lengths))
-        captions.append(model.similarity.word_pooling(words[-1], lengths))
-    return EncodedCaptions(torch.cat(words), torch.cat(captions), dataset.lengths.to(device))
+    """Every caption of the split, 100 at a time: similar lengths together, which pads little.
+
+    With the released padding, where it matters which captions share a batch, in file order.
+    """
+    lengths = dataset.lengths
+    in_file_order = model.text_encoder.padding == "released"
+    order = torch.arange(len(lengths)) if in_file_order else lengths.argsort(stable=True)
+    start = (lengths.cumsum(0) - lengths).to(device)  # of each caption's words
+    word_emb = caption_global = None
+    blocks = dataset.caption_blocks(order, ENCODE_BATCH)
+    for captions, n, block in progress(blocks, -(-len(order) // ENCODE_BATCH), "encoding captions"):
+        captions, n, block = captions.to(device), n.to(device), block.to(device)
+        words = model.text_encoder(captions, n)
+        if word_emb is None:
+            word_emb = words.new_empty(int(lengths.sum()), words.shape[1])
+            caption_global = words.new_empty(len(lengths), words.shape[1])
+        within = torch.arange(len(words), device=device) - (n.cumsum(0) - n)[owner_of(n)]
+        word_emb[start[block][owner_of(n)] + within] = words
+        caption_global[block] = model.similarity.word_pooling(words, n)
+    return EncodedCaptions(word_emb, caption_global, lengths.to(device))
 
 
-def caption_tiles(lengths: Tensor, n_words: int) -> list[slice]:
-    """Consecutive captions of at most `n_words` words together (a longer one stands alone)."""
-    tiles, start, words = [], 0, 0
-    for caption, length in enumerate(lengths.tolist()):
-        if words and words + length > n_words:
-            tiles.append(slice(start, caption))
-            start, words = caption, 0
-        words += length
-    return [*tiles, slice(start, len(lengths))]
-
-
-@torch.inference_mode()
-def score(model: LHSC, images: EncodedImages, captions: EncodedCaptions) -> np.ndarray:
+def score(
+    model: LHSC,
+    images: EncodedImages,
+    captions: EncodedCaptions,
+    dtype: torch.dtype = torch.float32,
+) -> np.ndarray:
     """Scores of all images × all captions: float32 (n_images, n_captions) on the CPU.
 
-    Time grows with images × words; memory beyond the result is one tile's.
+    Time grows with images × words; memory beyond the result is one block's.
     """
-    similarity, device = model.similarity, images.region_emb.device.type
+    scorer = Scorer(model.similarity, dtype)
     sims = np.empty((len(images.image_global), len(captions.lengths)), dtype=np.float32)
-    tiles = caption_tiles(captions.lengths, TILE_WORDS[device])
-    for tile in progress(tiles, len(tiles), "scoring"):
-        part = captions.rows(tile)
-        size = block_images(device, *part.word_emb.shape)
-        for start in range(0, len(sims), size):
-            rows = slice(start, min(start + size, len(sims)))
-            scores = similarity.score(*images.rows(rows), *part)
-            sims[rows, tile] = scores.float().cpu().numpy()
+    n_tiles = len(scorer.chunks(captions))
+    for chunk, tile in progress(scorer.tiles(images, captions), n_tiles, "scoring"):
+        sims[:, chunk] = tile.cpu().numpy()
     return sims
 
 
@@ -173,6 +150,7 @@ def evaluate(
     device: torch.device,
     fold5: bool = False,
     whole: bool = True,
+    precision: str = "fp32",
 ) -> tuple[dict, np.ndarray | None]:
     """Metrics of one model, or of several by the mean of their scores, and the score matrix.
 
@@ -188,7 +166,9 @@ def evaluate(
     totals: list[np.ndarray] = []
     for model in models:
         images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
-        sims = [score(model, images.rows(i), captions.rows(c)) for i, c in wanted]
+        sims = [
+            score(model, images.rows(i), captions.rows(c), PRECISIONS[precision]) for i, c in wanted
+        ]
         totals = sims if not totals else [a + b for a, b in zip(totals, sims, strict=True)]
         del images, captions
     blocks = [total / np.float32(len(models)) for total in totals]
@@ -280,7 +260,12 @@ def run(opt: argparse.Namespace) -> dict:
         settings["data_path"], settings["data_name"], opt.split, vocab, img_dim, num_regions, limit
     )
     metrics, sims = evaluate(
-        models, dataset, device, opt.fold5, whole=not opt.fold5 or opt.save_sims is not None
+        models,
+        dataset,
+        device,
+        opt.fold5,
+        opt.save_sims is not None or not opt.fold5,
+        opt.precision,
     )
     name = protocol(dataset.name, dataset.split, dataset.n_images, opt.fold5)
     members = f", ensemble of {len(models)}" if len(models) > 1 else ""
@@ -334,6 +319,13 @@ def options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--save_metrics", default=None, metavar="F.json", help="write the metrics")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=[*PRECISIONS],
+        help="of the matrix products of the scoring; bf16 is faster and moves scores in the third "
+        "decimal (README, Speed)",
+    )
     return parser  # fmt: skip
 
 

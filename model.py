@@ -8,11 +8,14 @@ caption, D joint size (embed_size), S similarity size (sim_dim).
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
-from alignment import LocalAlignment
+from alignment import Alignment, GatedSum, blocks
 from attention import (
     EPS,
     RegionPooling,
@@ -45,6 +48,12 @@ class ImageEncoder(nn.Module):
         """images (B, R, img_dim) -> region_emb (B, R, D)."""
         region_emb = self.graph(self.fc(images))
         return region_emb if self.no_imgnorm else l2norm(region_emb)
+
+    def folded(self) -> ImageEncoder:
+        """The same encoder for inference, its graph layers multiplied out."""
+        encoder = copy.copy(self)
+        encoder._modules = self._modules | {"graph": self.graph.folded()}
+        return encoder
 
 
 class TextEncoder(nn.Module):
@@ -164,45 +173,67 @@ class SimilarityEncoder(nn.Module):
         lengths: Tensor,
     ) -> Tensor:
         """(B, R, D), (B, D), (W, D), (C, D), lengths (C,) -> sims (B, C) in (0, 1)."""
-        owner = owner_of(lengths)
-        local = self.local_alignment(region_emb, word_emb, owner, len(lengths))  # (B, W, S)
-        globl = self.global_alignment(image_global, caption_global)  # (B, C, S)
-        local_gate, globl_gate = self.gates(local, globl, lengths, owner)  # (B, W), (B, C)
-        pooled = segment_sum(local_gate.unsqueeze(-1) * local, owner, len(lengths), dim=1)
+        owner, n_captions = owner_of(lengths), len(lengths)
+        weights = self.attention_weights(region_emb, word_emb, owner, n_captions)  # (B, W, R)
+        local, local_logits = self.align(weights, region_emb, word_emb, self.local_fc)
+        # î − ĉ is one more difference: the image's only region, attended to with weight 1.
+        weights, image_global = image_global.new_ones(1, n_captions, 1), image_global.unsqueeze(1)
+        weights = weights.expand(len(image_global), -1, -1)
+        globl, globl_logits = self.align(weights, image_global, caption_global, self.globl_fc)
+        local_gate, globl_gate = self.gates(local_logits, globl_logits, lengths, owner)
+        pooled = GatedSum.apply(local_gate, local, owner, n_captions)
         sim = l2norm(pooled + globl_gate.unsqueeze(-1) * globl)  # (B, C, S)
         return torch.sigmoid(self.score_fc(sim).squeeze(-1))
 
-    def local_alignment(
+    def attention_weights(
         self, region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int
     ) -> Tensor:
-        """s_l = l2norm(P (m_l − q_l)² + p), m_l = l2norm(Σ_r weight_lr v_r).
+        """Weights whose m_l = Σ_r weight_lr v_r has length 1, computed again in the backward pass.
 
-        region_emb (B, R, D), word_emb (W, D) -> local (B, W, S).
+        region_emb (B, R, D), word_emb (W, D) -> (B, W, R).
         """
-        weights = cross_attention(region_emb, word_emb, owner, n_captions)  # (B, W, R)
-        # ‖Σ_r w_r v_r‖² = wᵀ (V Vᵀ) w: the R weights are scaled instead of the D-wide sum.
-        gram = region_emb @ region_emb.transpose(1, 2)  # (B, R, R)
-        squared = ((weights @ gram) * weights).sum(-1, keepdim=True)  # (B, W, 1)
-        weights = weights * inverse_length(safe_sqrt(squared.clamp_min(0)))
-        P, p = self.local_fc.weight, self.local_fc.bias
-        return LocalAlignment.apply(weights, region_emb, word_emb, P, p, EPS)
+        rows = blocks(
+            len(region_emb), word_emb.shape[0] * region_emb.shape[1], word_emb.device.type
+        )
+        weights = [
+            checkpoint(
+                unit_attention, region_emb[block], word_emb, owner, n_captions,
+                use_reentrant=False, preserve_rng_state=False,
+            )
+            for block in rows
+        ]  # fmt: skip
+        return torch.cat(weights)
 
-    def global_alignment(self, image_global: Tensor, caption_global: Tensor) -> Tensor:
-        """s_0 = l2norm(P' (î − ĉ)² + p'): (B, D), (C, D) -> globl (B, C, S)."""
-        difference = image_global.unsqueeze(1) - caption_global  # (B, C, D)
-        return l2norm(self.globl_fc(difference.square()))
+    def align(
+        self, weights: Tensor, regions: Tensor, words: Tensor, fc: nn.Linear
+    ) -> tuple[Tensor, Tensor]:
+        """s_l = l2norm(P (m_l − q_l)² + p) with m_l = Σ_r weight_lr v_r, and a · s_l + a₀.
+
+        weights (B, W, R), regions (B, R, D), words (W, D) -> (B, W, S), (B, W).
+        """
+        a, a0 = self.gate_fc.weight[0], self.gate_fc.bias
+        return Alignment.apply(weights, regions, words, fc.weight, fc.bias, a, a0, EPS)
 
     def gates(self, local: Tensor, globl: Tensor, lengths: Tensor, owner: Tensor):
         """e_l = sigmoid(BN(a · s_l + a₀)), l = 0…L, divided by their sum over the caption.
 
-        local (B, W, S), globl (B, C, S) -> gates (B, W) and (B, C).
+        The logits a · s_l + a₀, local (B, W) and globl (B, C) -> gates (B, W) and (B, C).
         """
-        local_gate, globl_gate = self.gate_bn(
-            self.gate_fc(local).squeeze(-1), self.gate_fc(globl).squeeze(-1), lengths, owner
-        )
+        local_gate, globl_gate = self.gate_bn(local, globl, lengths, owner)
         local_gate, globl_gate = local_gate.sigmoid(), globl_gate.sigmoid()
         total = segment_sum(local_gate, owner, len(lengths), dim=1) + globl_gate + EPS  # (B, C)
         return local_gate / total.index_select(1, owner), globl_gate / total
+
+
+def unit_attention(region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int) -> Tensor:
+    """cross_attention, divided by the length of what it attends to.
+
+    ‖Σ_r w_r v_r‖² = wᵀ (V Vᵀ) w: the R weights are scaled instead of the D-wide sum.
+    """
+    weights = cross_attention(region_emb, word_emb, owner, n_captions)  # (B, W, R)
+    gram = region_emb @ region_emb.transpose(1, 2)  # (B, R, R)
+    squared = ((weights @ gram) * weights).sum(-1, keepdim=True)  # (B, W, 1)
+    return weights * inverse_length(safe_sqrt(squared.clamp_min(0)))
 
 
 class LHSC(nn.Module):

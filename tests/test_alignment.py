@@ -1,54 +1,76 @@
-"""The local alignment with its own backward pass against the plain version."""
+"""The hand-written backward passes against the plain versions."""
 
 import pytest
 import torch
 
 import alignment
-from alignment import LocalAlignment
+from alignment import Alignment, GatedSum
 from attention import l2norm
 
+OWNER = torch.tensor([0, 0, 0, 1, 2, 2, 2])  # of seven words
 
-def plain(weights, regions, words, P, p):
+
+def plain(weights, regions, words, P, p, a, a0):
     difference = weights @ regions - words  # (B, W, D): autograd keeps this and its square
-    return l2norm(difference.square() @ P.T + p)
+    aligned = l2norm(difference.square() @ P.T + p)
+    return aligned, aligned @ a + a0
 
 
 def arguments(n_images=5, n_words=7, num_regions=4, embed_size=6, sim_dim=3):
     shapes = [
         (n_images, n_words, num_regions), (n_images, num_regions, embed_size),
-        (n_words, embed_size), (sim_dim, embed_size), (sim_dim,),
+        (n_words, embed_size), (sim_dim, embed_size), (sim_dim,), (sim_dim,), (1,),
     ]  # fmt: skip
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("images_a_block", [1, 2, 100])
-def test_values_and_gradients_equal_the_plain_version(monkeypatch, images_a_block):
-    inputs = arguments()
-    monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", images_a_block * 7 * 6)
-    grad = torch.randn(5, 7, 3, dtype=torch.float64)
-    ours, expected = LocalAlignment.apply(*inputs, 1e-8), plain(*inputs)
-    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+def assert_same(ours, expected, inputs):
+    """Values and all gradients, for a random gradient of each output."""
+    grads = [torch.randn_like(x) for x in expected]
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     for a, b in zip(
-        torch.autograd.grad(ours, inputs, grad),
-        torch.autograd.grad(expected, inputs, grad),
+        torch.autograd.grad(ours, inputs, grads),
+        torch.autograd.grad(expected, inputs, grads),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("images_a_block", [1, 2, 100])
+def test_alignments_equal_the_plain_version(monkeypatch, images_a_block):
+    inputs = arguments()
+    monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", images_a_block * 7 * 6)
+    assert_same(Alignment.apply(*inputs, 1e-8), plain(*inputs), inputs)
+
+
+@pytest.mark.parametrize("images_a_block", [1, 2, 100])
+def test_gated_sums_equal_the_plain_version(monkeypatch, images_a_block):
+    monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", images_a_block * 7 * 3)
+    gates = torch.rand(5, 7, dtype=torch.float64, requires_grad=True)
+    aligned = torch.randn(5, 7, 3, dtype=torch.float64, requires_grad=True)
+    product = gates.unsqueeze(-1) * aligned
+    expected = torch.stack([product[:, c == OWNER].sum(1) for c in range(3)], dim=1)
+    ours = GatedSum.apply(gates, aligned, OWNER, 3)
+    assert_same([ours], [expected], [gates, aligned])
+
+
 def test_gradcheck():
-    assert torch.autograd.gradcheck(lambda *x: LocalAlignment.apply(*x, 1e-8), arguments(2, 3))
+    assert torch.autograd.gradcheck(lambda *x: Alignment.apply(*x, 1e-8), arguments(2, 3))
+    gates = torch.rand(2, 7, dtype=torch.float64, requires_grad=True)
+    aligned = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *x: GatedSum.apply(*x, OWNER, 3), (gates, aligned))
 
 
 def test_a_zero_row_has_value_zero_and_gradient_zero():
-    weights, regions, words, P, p = arguments(1, 2)
+    inputs = weights, regions, words, _, p, _, _ = arguments(1, 2)
     with torch.no_grad():
         words[0] = (weights @ regions)[0, 0]  # the difference of word 0 is 0 …
         p.zero_()  # … and so is what is projected
-    aligned = LocalAlignment.apply(weights, regions, words, P, p, 1e-8)
-    aligned.sum().backward()
+    aligned, logits = Alignment.apply(*inputs, 1e-8)
+    (aligned.sum() + logits.sum()).backward()
     assert aligned[0, 0].abs().max() < 1e-6
-    assert all(torch.isfinite(x.grad).all() for x in (weights, regions, words, P, p))
+    assert all(torch.isfinite(x.grad).all() for x in inputs)
 
 
 def test_nothing_d_wide_is_kept_for_the_backward_pass():
@@ -62,7 +84,7 @@ def test_nothing_d_wide_is_kept_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        LocalAlignment.apply(*inputs, 1e-8)
+        Alignment.apply(*inputs, 1e-8)
     per_pair = n_images * n_words * (num_regions + sim_dim + 2)
     given = n_images * num_regions * embed_size + n_words * embed_size + sim_dim * embed_size
-    assert sum(kept.values()) <= per_pair + given
+    assert sum(kept.values()) <= per_pair + given + sim_dim

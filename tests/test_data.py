@@ -39,7 +39,7 @@ def test_images_and_captions_apart_are_the_same(tiny, vocab):
     images = torch.cat(list(dataset.image_blocks(3)))
     assert torch.equal(images, torch.stack([dataset.image(i) for i in range(10)]))
     seen = 0
-    for captions, lengths in dataset.caption_blocks(7):
+    for captions, lengths, _ in dataset.caption_blocks(torch.arange(len(dataset)), 7):
         assert captions.shape[1] == lengths.max()  # each block padded to its own longest
         for row, n in zip(captions, lengths, strict=True):
             assert torch.equal(row[:n], dataset.words(seen)) and not row[n:].any()

@@ -74,7 +74,7 @@ def test_all_at_once_is_one_caption_at_a_time_in_evaluation(lengths, n_images):
     data = batch(lengths, n_images, num_regions=3)
     with torch.no_grad():
         ours, expected = model.eval()(*data), reference.eval()(*data)
-    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_score_loop_and_score_agree_on_given_embeddings():

@@ -1,0 +1,559 @@
+"""How fast LHSC is here: against the released loop, and against this machine's matrix products.
+
+    python scripts/benchmark.py                          # full size, some minutes
+    python scripts/benchmark.py --quick                  # smaller batches, under a minute
+    python scripts/benchmark.py --json benchmarks/cpu.json
+    python scripts/benchmark.py --table benchmarks/cpu.json   # the table of an earlier run
+
+One random model of full size (D 1024, S 256, 36 × 2048 regions, 8,481 words) and captions whose
+lengths follow Flickr30K's (15.6 words with <start> and <end>, up to 81) are scored, trained on and
+encoded in turn by tests/reference.py, a literal version of the released way (a loop over captions;
+every image encoded once per caption, kept in padded float64), and by this code. The two and a
+large matrix product take turns within a round, and ratios are medians over the rounds, so that a
+machine whose clock wanders does not favour either.
+
+`share of matmul` is how close scoring comes to doing nothing but its matrix products at the speed
+of a 2048³ one: (4 R D + 2 D S) operations a word and image, 2 D S a caption and image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import numpy as np
+import torch
+from reference import ReleasedLHSC, score_loop
+from torch import Tensor
+
+from checkpoint import rename_released, save_checkpoint
+from data import Batch, PrecompDataset, train_loader
+from errors import InputError, one_line
+from evaluation import encode_captions, encode_images, select_device
+from model import LHSC, triplet_loss
+from scoring import EncodedCaptions, EncodedImages, Scorer
+from train import cpu_name, train_step
+from vocab import SPECIAL_TOKENS, Vocabulary
+
+R, IMG_DIM, D, S, WORD_DIM, VOCAB = 36, 2048, 1024, 256, 300, 8481
+PARTS = ("scoring", "training", "encoding", "loading", "scaling", "evaluation")
+
+
+# -- a model, data, a clock -----------------------------------------------------------------------
+
+
+def models(device: torch.device) -> tuple[ReleasedLHSC, LHSC]:
+    """The released modules and ours with the same weights, those of graph BatchNorms random."""
+    torch.manual_seed(0)
+    released = ReleasedLHSC(IMG_DIM, D, S, WORD_DIM, VOCAB, masked=False)
+    for name, tensor in released.img_enc.state_dict().items():
+        if "W.1" in name and name.endswith("weight"):  # the scale that starts as 0
+            tensor.uniform_(0, 0.2)
+    ours = LHSC(VOCAB, IMG_DIM, R, D, WORD_DIM, S, padding="released")
+    parts = (released.img_enc, released.txt_enc, released.sim_enc)
+    ours.load_state_dict(rename_released(*(part.state_dict() for part in parts)))
+    return released.to(device).eval(), ours.to(device).eval()
+
+
+def caption_lengths(n: int) -> Tensor:
+    """Flickr30K's distribution, near enough: log-normal, mean 15.6, 5 to 81 words."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.exp(math.log(14.7) + 0.35 * torch.randn(n, generator=generator))
+    return lengths.round().clamp(5, 81).long()
+
+
+def random_captions(lengths: Tensor) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(4, VOCAB, (int(n),), generator=generator) for n in lengths]
+
+
+def padded(captions: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
+
+
+def clock(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds `work` takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes `work` holds at most beyond what was held before; None where it cannot be told."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def status(name: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", text)[1])
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = status("VmRSS")
+    except OSError:
+        return None
+    work()
+    return status("VmHWM") - before
+
+
+def matmul(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
+    """A measurement of the rate of a large matrix product: operations a second."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return lambda: 2 * n**3 / min(clock(lambda: a @ b, device) for _ in range(3))
+
+
+def rounds(n: int, **work: Callable[[], float]) -> dict[str, list[float]]:
+    """Each of `work` measured n times, in turns."""
+    results: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(n):
+        for name, measure in work.items():
+            results[name].append(measure())
+    return results
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+# -- what is measured -----------------------------------------------------------------------------
+
+
+def random_encodings(model: LHSC, n_images: int, n_captions: int, device: torch.device):
+    """Encodings of a given size: unit vectors around a common direction, as of a trained model."""
+    generator = torch.Generator(device).manual_seed(3)
+
+    def units(*shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=generator, device=device)
+        x += torch.ones_like(x[..., :1]) / 2
+        return x.div_(x.norm(dim=-1, keepdim=True))
+
+    lengths = caption_lengths(n_captions).to(device)
+    with torch.inference_mode():
+        regions, words = units(n_images, R, D), units(int(lengths.sum()), D)
+        images = EncodedImages(regions, model.similarity.region_pooling(regions))
+        return images, EncodedCaptions(
+            words, model.similarity.word_pooling(words, lengths), lengths
+        )
+
+
+def operations(n_images: int, lengths: Tensor) -> int:
+    """Of the matrix products of scoring that cannot be avoided."""
+    per_image = int(lengths.sum()) * (4 * R * D + 2 * D * S) + len(lengths) * 2 * D * S
+    return n_images * per_image
+
+
+def scoring(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
+    """All images × all captions, given their embeddings."""
+    cpu = device.type == "cpu"
+    n_images = 100 if cpu else 1000  # 100: the released code's shard
+    n_captions = (120 if quick else 500) if cpu else (1000 if quick else 5000)
+    images, captions = random_encodings(ours, n_images, n_captions, device)
+    words = padded(list(captions.word_emb.split(captions.lengths.tolist())))
+    scorers = {
+        name: Scorer(ours.similarity, dtype)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    shards = [slice(i, i + 100) for i in range(0, n_images, 100)]
+    lengths = captions.lengths.tolist()
+
+    @torch.inference_mode()
+    def loop() -> Tensor:
+        shard = [images.region_emb[rows] for rows in shards]
+        return torch.cat([score_loop(released.sim_enc, x, words, lengths).cpu() for x in shard])
+
+    def score(name: str) -> Tensor:
+        return torch.cat([tile.cpu() for _, tile in scorers[name].tiles(images, captions)], dim=1)
+
+    ways = {"loop": loop, "fp32": lambda: score("fp32"), "bf16": lambda: score("bf16")}
+    sims, peak = {}, {}
+    for name, way in ways.items():
+        peak[name] = peak_memory(lambda name=name, way=way: sims.update({name: way()}), device)
+    measured = rounds(
+        3 if quick else 5,
+        matmul_fp32=matmul(torch.float32, device),
+        loop=lambda: clock(ways["loop"], device),
+        fp32=lambda: clock(ways["fp32"], device),
+        matmul_bf16=matmul(torch.bfloat16, device),
+        bf16=lambda: clock(ways["bf16"], device),
+    )
+    pairs, work = n_images * n_captions, operations(n_images, captions.lengths)
+    result: dict = {
+        "n_images": n_images,
+        "n_captions": n_captions,
+        "n_words": len(captions.word_emb),
+    }
+    for name in ways:
+        seconds = statistics.median(measured[name])
+        rates = measured["matmul_bf16" if name == "bf16" else "matmul_fp32"]
+        result[name] = {
+            "seconds": seconds,
+            "pairs_per_s": pairs / seconds,
+            "ratio": median_ratio(measured["loop"], measured[name]),
+            "matmul_share": statistics.median(
+                work / rate / t for rate, t in zip(rates, measured[name], strict=True)
+            ),
+            "peak_memory": peak[name],
+            "largest_difference": (sims[name] - sims["loop"]).abs().max().item(),
+            "same_rank_order": same_order(sims[name], sims["loop"]),
+        }
+    result["matmul"] = {
+        name: statistics.median(measured[f"matmul_{name}"]) for name in ("fp32", "bf16")
+    }
+    return result
+
+
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether every image ranks the captions alike in both, and every caption the images.
+
+    Scores that are equal in one of the two to the last bit may stand in either order.
+    """
+    alike = True
+    for x, y in ((a, b), (a.T, b.T)):
+        order = x.argsort(dim=1)
+        x, y = x.gather(1, order), y.gather(1, order)
+        alike &= bool(((y.diff(dim=1) >= 0) | (x.diff(dim=1) == 0)).all())
+    return alike
+
+
+def saved_bytes(step: Callable[[], object], model: torch.nn.Module) -> int:
+    """Bytes autograd keeps between the forward and the backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = step()
+    del loss
+    return sum(kept.values())
+
+
+def training(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
+    """Steps: encode, score, hardest negatives, backward, clip, Adam."""
+    size = 64 if quick and device.type == "cpu" else 128
+    lengths = caption_lengths(size).sort(descending=True).values
+    batch = Batch(
+        torch.rand(size, R, IMG_DIM), padded(random_captions(lengths)), lengths,
+        torch.arange(size), torch.arange(size),
+    ).to(device)  # fmt: skip
+
+    def forward(model: torch.nn.Module) -> Tensor:
+        return triplet_loss(model(batch.images, batch.captions, batch.lengths))
+
+    result: dict = {"batch": size}
+    step: dict[str, Callable[[], object]] = {}
+    seconds: dict[str, list[float]] = {"loop": [], "ours": []}
+    for name, model in (("loop", released), ("ours", ours)):
+        model.train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+        step[name] = lambda model=model, optimizer=optimizer: train_step(model, optimizer, batch)
+        step[name]()  # Adam's moments exist from here on
+        result[name] = {
+            "saved_activations": saved_bytes(lambda model=model: forward(model), model),
+            "peak_memory": peak_memory(step[name], device),
+        }
+    for _ in range(1 if quick else 5):
+        for name in step:
+            seconds[name].append(clock(step[name], device))
+    for name in step:
+        result[name]["seconds"] = statistics.median(seconds[name])
+    for model in (released, ours):
+        model.eval()
+        model.zero_grad()
+    result["ratio"] = median_ratio(seconds["loop"], seconds["ours"])
+    result["saved_ratio"] = (
+        result["loop"]["saved_activations"] / result["ours"]["saved_activations"]
+    )
+    return result
+
+
+def random_dataset(n_images: int, n_captions: int) -> SimpleNamespace:
+    """What encoding needs of a data set, in memory."""
+    lengths = caption_lengths(n_captions)
+    captions = random_captions(lengths)
+    images = torch.rand(n_images, R, IMG_DIM, generator=torch.Generator().manual_seed(4))
+
+    def caption_blocks(order: Tensor, size: int):
+        for block in order.split(size):
+            yield padded([captions[i] for i in block]), lengths[block], block
+
+    return SimpleNamespace(
+        n_images=n_images, images=images, captions=captions, lengths=lengths,
+        image_blocks=images.split, caption_blocks=caption_blocks,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def encode_released(model: ReleasedLHSC, data: SimpleNamespace, device: torch.device):
+    """Each caption with its image, in batches of 100, into padded float64 arrays."""
+    n, per_image = len(data.captions), len(data.captions) // data.n_images
+    longest = int(data.lengths.max())
+    img_embs, cap_embs = np.zeros((n, R, D)), np.zeros((n, longest, D))
+    for start in range(0, n, 100):
+        rows = slice(start, min(start + 100, n))
+        images = data.images[torch.arange(n)[rows] // per_image].to(device)
+        captions = padded(data.captions[rows]).to(device)
+        img_embs[rows] = model.img_enc(images).cpu().numpy()
+        words = model.txt_enc(captions, data.lengths[rows].tolist()).cpu().numpy()
+        cap_embs[rows, : words.shape[1]] = words
+    return img_embs, cap_embs
+
+
+def encoding(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
+    """Images and their five captions each, once."""
+    n_images = 60 if quick and device.type == "cpu" else 1000
+    data = random_dataset(n_images, 5 * n_images)
+    kept: dict[str, int] = {}
+    padding, ours.text_encoder.padding = ours.text_encoder.padding, "masked"  # our default
+
+    def mine() -> None:
+        both = (encode_images(ours, data, device), encode_captions(ours, data, device))
+        kept["ours"] = sum(x.nbytes for part in both for x in part)
+
+    def theirs() -> None:
+        kept["released"] = sum(x.nbytes for x in encode_released(released, data, device))
+
+    measured = rounds(1, released=lambda: clock(theirs, device), ours=lambda: clock(mine, device))
+    ours.text_encoder.padding = padding
+    return {
+        "n_images": n_images,
+        "n_captions": 5 * n_images,
+        **{k: {"seconds": v[0], "memory": kept[k]} for k, v in measured.items()},
+        "ratio": median_ratio(measured["released"], measured["ours"]),
+        "memory_ratio": kept["released"] / kept["ours"],
+    }
+
+
+def scaling(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
+    """Scoring time at three sizes each of images, captions, words a caption: seconds."""
+    factor = 1 if device.type == "cpu" else 20
+    scorer, result = Scorer(ours.similarity), {}
+    for what in ("images", "captions", "words"):
+        times = {}
+        for size in (1, 2, 4):
+            n_images = factor * 25 * (size if what == "images" else 1)
+            n_captions = factor * 60 * (size if what == "captions" else 1)
+            images, captions = random_encodings(ours, n_images, n_captions, device)
+            if what == "words":
+                repeated = captions.word_emb.repeat(size, 1)
+                captions = EncodedCaptions(
+                    repeated, captions.caption_global, captions.lengths * size
+                )
+            amount = {"images": n_images, "captions": n_captions, "words": len(captions.word_emb)}
+            times[str(amount[what])] = min(
+                clock(lambda i=images, c=captions: list(scorer.tiles(i, c)), device)
+                for _ in range(3)
+            )
+        result[what] = times
+    return result
+
+
+def write_split(folder: Path, split: str, n_images: int) -> Vocabulary:
+    """Random regions and captions in SCAN's layout, and the vocabulary of full size."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    shape = (n_images, R, IMG_DIM)
+    ims = np.lib.format.open_memmap(folder / f"{split}_ims.npy", "w+", np.float32, shape)
+    for image in ims:
+        image[:] = rng.random(shape[1:], dtype=np.float32)
+    ims.flush()
+    names = [f"w{i}" for i in range(VOCAB - 4)]
+    captions = random_captions(caption_lengths(5 * n_images) - 2)
+    lines = (" ".join(names[i - 4] for i in caption.tolist()) for caption in captions)
+    (folder / f"{split}_caps.txt").write_text("\n".join(lines) + "\n")
+    return Vocabulary([*SPECIAL_TOKENS, *names])
+
+
+def loading(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
+    """Seconds to load and collate a training batch of 128 from a memory-mapped file."""
+    with tempfile.TemporaryDirectory() as folder:
+        vocab = write_split(Path(folder) / "random", "train", 300)
+        dataset = PrecompDataset(folder, "random", "train", vocab)
+        start, n = time.perf_counter(), 0
+        for _ in train_loader(dataset, 128, workers=0, seed=0):
+            n += 1
+        return {"batch": 128, "seconds_per_batch": (time.perf_counter() - start) / n}
+
+
+def evaluation(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
+    """`python evaluation.py` on a test split of Flickr30K's size: wall time and memory."""
+    n_images = 1000
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        vocab = write_split(folder / "random_precomp", "test", n_images)
+        vocab.save(folder / "vocab" / "random_precomp_vocab.json")
+        ours.text_encoder.padding = "masked"
+        opt = {
+            "data_path": str(folder), "data_name": "random_precomp",
+            "vocab_path": str(folder / "vocab"), "vocab_size": VOCAB, "img_dim": IMG_DIM,
+            "num_regions": R, "embed_size": D, "word_dim": WORD_DIM, "sim_dim": S,
+        }  # fmt: skip
+        checkpoint = {"epoch": 0, "Eiters": 0, "best_rsum": 0.0, "opt": opt}
+        save_checkpoint(checkpoint | {"model": ours.state_dict()}, folder / "model.pth.tar")
+        command = [sys.executable, "-W", "ignore", str(ROOT / "evaluation.py"), "--device",
+                   str(device), "--model_path", str(folder / "model.pth.tar")]  # fmt: skip
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        if status:
+            raise InputError(f"evaluation.py failed: {output}")
+        data = PrecompDataset(folder, "random_precomp", "test", vocab)
+        start = time.perf_counter()
+        images, captions = encode_images(ours, data, device), encode_captions(ours, data, device)
+        encoded = time.perf_counter()
+        for _, tile in Scorer(ours.similarity).tiles(images, captions):
+            tile.cpu()
+        done = time.perf_counter()
+    return {
+        "n_images": n_images, "n_captions": 5 * n_images, "seconds": wall,
+        "encode_seconds": encoded - start, "score_seconds": done - encoded,
+        "peak_memory": 1024 * usage.ru_maxrss,
+    }  # fmt: skip
+
+
+# -- what is said ---------------------------------------------------------------------------------
+
+
+def size(n: int | None) -> str:
+    if n is None:
+        return "–"
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+
+
+def markdown(result: dict) -> str:
+    """The tables of a run."""
+    machine = result["machine"]
+    lines = [f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}:", ""]
+    if "scoring" in result:
+        s = result["scoring"]
+        lines += [
+            f"| scoring {s['n_images']:,} images × {s['n_captions']:,} captions | time | pairs/s "
+            "| against the loop | share of matmul | peak memory | largest difference |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        names = {"loop": "released loop", "fp32": "fp32", "bf16": "`--precision bf16`"}
+        for key, name in names.items():
+            x = s[key]
+            lines.append(
+                f"| {name} | {x['seconds']:.2f} s | {x['pairs_per_s']:,.0f} | {x['ratio']:.2f}× "
+                f"| {x['matmul_share']:.0%} | {size(x['peak_memory'])} "
+                f"| {x['largest_difference']:.0e} |"
+            )
+        lines.append("")
+    rows = []
+    if "training" in result:
+        t = result["training"]
+        for key, name in (("loop", "released loop"), ("ours", "here")):
+            ratio = f"{t['ratio']:.2f}×" if key == "ours" else "1×"
+            rows.append(
+                f"| training step, batch {t['batch']}, {name} | {t[key]['seconds']:.2f} s "
+                f"| {ratio} | {size(t[key]['saved_activations'])} saved for backward, "
+                f"{size(t[key]['peak_memory'])} at the peak |"
+            )
+    if "encoding" in result:
+        e = result["encoding"]
+        what = f"encoding {e['n_images']:,} images, {e['n_captions']:,} captions"
+        for key, name in (("released", "released way"), ("ours", "here")):
+            ratio = f"{e['ratio']:.2f}×" if key == "ours" else "1×"
+            rows.append(
+                f"| {what}, {name} | {e[key]['seconds']:.1f} s | {ratio} "
+                f"| {size(e[key]['memory'])} of embeddings |"
+            )
+    if "evaluation" in result:
+        e = result["evaluation"]
+        rows.append(
+            f"| `evaluation.py`, {e['n_images']:,} × {e['n_captions']:,}, all of it "
+            f"| {e['seconds']:.0f} s | encode {e['encode_seconds']:.0f} s + score "
+            f"{e['score_seconds']:.0f} s | {size(e['peak_memory'])} resident at the peak |"
+        )
+    if "loading" in result:
+        rows.append(
+            f"| loading a batch of {result['loading']['batch']}, one process "
+            f"| {1000 * result['loading']['seconds_per_batch']:.0f} ms | | |"
+        )
+    if rows:
+        lines += ["| | time | against the released way | memory |", "|---|---|---|---|", *rows, ""]
+    if "scaling" in result:
+        told = [
+            f"{what}: " + ", ".join(f"{float(n):,.0f} in {t:.2f} s" for n, t in times.items())
+            for what, times in result["scaling"].items()
+        ]
+        lines += [f"Scoring time by size. {'; '.join(told)}.", ""]
+    return "\n".join(lines).rstrip()
+
+
+@one_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="smaller, under a minute on 2 cores")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts only")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
+    parser.add_argument(
+        "--table", metavar="FILE", type=Path, help="print the table of a run's JSON"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    opt = parser.parse_args()
+    if opt.table:
+        try:
+            print(markdown(json.loads(opt.table.read_text(encoding="utf-8"))))
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{opt.table}: not a benchmark's JSON ({error!r})") from error
+        return
+    if opt.json and not opt.json.absolute().parent.is_dir():
+        raise InputError(f"{opt.json}: the folder to write into does not exist")
+    device = select_device(opt.device)
+    cuda = device.type == "cuda"
+    result: dict = {
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+        "quick": opt.quick,
+    }
+    released, ours = models(device)
+    measure = (scoring, training, encoding, loading, scaling, evaluation)
+    quick_parts = ("scoring", "training", "encoding", "loading")
+    wanted = opt.only or (quick_parts if opt.quick else PARTS)
+    for part in measure:
+        if part.__name__ in wanted:
+            print(f"{part.__name__} …", file=sys.stderr, flush=True)
+            start = time.perf_counter()
+            result[part.__name__] = part(released, ours, device, opt.quick)
+            print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    print(markdown(result))
+    if opt.json:
+        opt.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
