@@ -59,7 +59,7 @@ PARTS = ("scoring", "training", "encoding", "loading", "scaling", "evaluation")
 def models(device: torch.device) -> tuple[ReleasedLHSC, LHSC]:
     """The released modules and ours with the same weights, those of graph BatchNorms random."""
     torch.manual_seed(0)
-    released = ReleasedLHSC(IMG_DIM, D, S, WORD_DIM, VOCAB, masked=False)
+    released = ReleasedLHSC(IMG_DIM, D, S, WORD_DIM, VOCAB, R)
     for name, tensor in released.img_enc.state_dict().items():
         if "W.1" in name and name.endswith("weight"):  # the scale that starts as 0
             tensor.uniform_(0, 0.2)
@@ -525,7 +525,7 @@ def main() -> None:
     if opt.table:
         try:
             print(markdown(json.loads(opt.table.read_text(encoding="utf-8"))))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{opt.table}: not a benchmark's JSON ({error!r})") from error
         return
     if opt.json and not opt.json.absolute().parent.is_dir():

@@ -1,25 +1,28 @@
-"""The README's results table, made from run logs.
+"""The README's tables of results and of speed, made from logs.
 
-    python scripts/results.py            # print the table
-    python scripts/results.py --write    # put it into the README
+    python scripts/results.py            # print the tables
+    python scripts/results.py --write    # put them into the README
     python scripts/results.py --check    # exit 1 if the README says something else
 
 A run is a folder of `results/` that holds `metrics.jsonl` (as train.py wrote it) and `test.json`
-(as `evaluation.py --save_metrics` wrote it); its name is the row's.
+(as `evaluation.py --save_metrics` wrote it); its name is the row's. A file of `results/speed/` is
+what `benchmark.py --json` wrote on one machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+from benchmark import markdown
+
 from errors import InputError, one_line
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 HEAD = (
     "| run | protocol | i2t R@1 / 5 / 10 | t2i R@1 / 5 / 10 | rsum | best dev rsum "
     "| epochs, training | machine | seed |\n|---|---|---|---|---|---|---|---|---|"
@@ -44,13 +47,12 @@ def read_run(folder: Path) -> tuple[dict, list[dict], dict]:
 
 
 def training_hours(lines: list[dict]) -> float:
-    """Hours spent in training steps, validation left out."""
-    seconds, before = 0.0, 0
-    for line in lines:
-        if line["type"] == "train":
-            seconds += (line["step"] - before) * line["batch_time"]
-            before = line["step"]
-    return seconds / 3600
+    """Hours of training steps, each taken to last as long as the median one; no validation.
+
+    (The median, because a machine that slept in between would count its sleep.)
+    """
+    train = [line for line in lines if line["type"] == "train"]
+    return train[-1]["step"] * statistics.median(line["batch_time"] for line in train) / 3600
 
 
 def row(folder: Path) -> str:
@@ -77,29 +79,46 @@ def table(folder: Path) -> str:
     return "\n".join([HEAD, *map(row, runs)])
 
 
+def speed(folder: Path) -> str:
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise InputError(f"{folder}: no figures here (files of benchmark.py --json)")
+    try:
+        return "\n\n".join(markdown(json.loads(file.read_text("utf-8"))) for file in files)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: not benchmark.py's figures ({error!r})") from error
+
+
+def fill(text: str, name: str, content: str, where: Path) -> str:
+    """`text` with `content` between the marks of `name`."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise InputError(f"{where}: the marks {begin} and {end} should stand there once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
 @one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--results", default=ROOT / "results", type=Path, help="folder of the runs")
     parser.add_argument("--readme", default=ROOT / "README.md", type=Path)
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--write", action="store_true", help="put the tables into the README")
     parser.add_argument("--check", action="store_true", help="compare with the README")
     opt = parser.parse_args()
-    made = f"{BEGIN}\n{table(opt.results)}\n{END}"
-    text = opt.readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise InputError(f"{opt.readme}: the marks {BEGIN} and {END} should stand there once")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    tables = {"results": table(opt.results), "speed": speed(opt.results / "speed")}
+    text = made = opt.readme.read_text(encoding="utf-8")
+    for name, content in tables.items():
+        made = fill(made, name, content, opt.readme)
     if opt.write:
-        opt.readme.write_text(before + made + after, encoding="utf-8")
+        opt.readme.write_text(made, encoding="utf-8")
     elif opt.check:
-        if text != before + made + after:
-            print(f"{opt.readme}: its results are not those of {opt.results}", file=sys.stderr)
+        if text != made:
+            print(f"{opt.readme}: its tables are not those of {opt.results}", file=sys.stderr)
             sys.exit(1)
-        print("the README's results are those of the logs")
+        print("the README's tables are those of the logs")
     else:
-        print(made)
+        print(*tables.values(), sep="\n\n")
 
 
 if __name__ == "__main__":

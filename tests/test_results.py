@@ -1,4 +1,4 @@
-"""The README's results come from logs."""
+"""The README's tables come from logs."""
 
 import json
 
@@ -22,8 +22,18 @@ def results(tmp_path):
     ranks = {"r1": 10.04, "r5": 20.0, "r10": 30.0, "medr": 5.0, "meanr": 9.0}
     test = {"i2t": ranks, "t2i": ranks, "rsum": 120.08, "protocol": "X 1K"}
     (folder / "test.json").write_text(json.dumps(test))
+    part = {"seconds": 1.5, "saved_activations": 4e9, "peak_memory": None}
+    figures = {
+        "machine": {"device": "a CPU", "threads": 2, "torch": "2.0"},
+        "training": {"batch": 128, "ratio": 2.5, "loop": part | {"seconds": 3.75}, "ours": part},
+    }
+    (tmp_path / "results" / "speed").mkdir()
+    (tmp_path / "results" / "speed" / "cpu.json").write_text(json.dumps(figures))
     readme = tmp_path / "README.md"
-    readme.write_text("head\n<!-- results: begin -->\nold\n<!-- results: end -->\ntail\n")
+    readme.write_text(
+        "head\n<!-- results: begin -->\nold\n<!-- results: end -->\nbetween\n"
+        "<!-- speed: begin -->\nold\n<!-- speed: end -->\ntail\n"
+    )
     return tmp_path
 
 
@@ -37,14 +47,21 @@ def test_the_table_is_written_and_checked(results):
     assert command(results, "--write").returncode == 0
     text = (results / "README.md").read_text()
     assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
+    assert "\nbetween\n" in text
+    assert "| training step, batch 128, here | 1.50 s | 2.50× | 4.00 GB saved" in text
     assert ("| a run | X 1K | 10.0 / 20.0 / 30.0 | 10.0 / 20.0 / 30.0 | **120.1** | 100.0 "
-            "| 2, 1.0 h | a CPU, 2 threads | 3 |") in text  # fmt: skip
+            "| 2, 1.1 h | a CPU, 2 threads | 3 |") in text  # fmt: skip
     assert command(results, "--check").returncode == 0
 
 
 def test_a_run_without_its_logs_is_refused(results):
     (results / "results" / "a run" / "test.json").unlink()
     refused(command(results, "--check"), "a run", "test.json")
+
+
+def test_what_is_no_benchmark_is_refused(results):
+    (results / "results" / "speed" / "cpu.json").write_text("{}")
+    refused(command(results, "--check"), "speed", "machine")
 
 
 def test_this_readme_and_these_logs_agree():
