@@ -215,7 +215,7 @@ def report(metrics: dict) -> str:
     return "\n".join([*lines, f"rsum {metrics['rsum']:.1f}" + f"  {folds}" * bool(folds)])
 
 
-def _load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabulary]:
+def load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabulary]:
     """A model, its options overridden by what was asked for, and its vocabulary, checked."""
     checkpoint = load_checkpoint(path)
     model = model_from(checkpoint, path)
@@ -245,7 +245,7 @@ def run(opt: argparse.Namespace) -> dict:
             raise InputError(f"{target}: the folder to write into does not exist")
     device = select_device(opt.device)
     paths = [opt.model_path] if isinstance(opt.model_path, str | Path) else opt.model_path
-    loaded = [_load(path, opt) for path in paths]
+    loaded = [load(path, opt) for path in paths]
     models = [model.to(device) for model, _, _ in loaded]
     _, settings, vocab = loaded[0]
     for path, (_, _, other) in zip(paths, loaded, strict=True):

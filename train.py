@@ -34,7 +34,7 @@ from vocab import Vocabulary, build_from_data, vocab_file
 
 COLLAPSED = (
     "note: the loss is that of scores all alike (2 · margin · batch): hardest negatives have "
-    "collapsed the scores. If it stays there, start again with --warmup_epochs 1, in which all "
+    "collapsed the scores. If it stays there, start again with more --warmup_epochs, in which all "
     "negatives count, or a smaller --learning_rate"
 )
 

@@ -2,8 +2,10 @@
 
     python scripts/benchmark.py                          # full size, some minutes
     python scripts/benchmark.py --quick                  # smaller batches, under a minute
-    python scripts/benchmark.py --json benchmarks/cpu.json
-    python scripts/benchmark.py --table benchmarks/cpu.json   # the table of an earlier run
+    python scripts/benchmark.py --json cpu.json
+    python scripts/benchmark.py --table cpu.json         # the table of an earlier run
+    python scripts/benchmark.py --checkpoints runs/demo/checkpoint/model_best.pth.tar
+                                        # also: what bfloat16 does to a trained model's ranks
 
 One random model of full size (D 1024, S 256, 36 × 2048 regions, 8,481 words) and captions whose
 lengths follow Flickr30K's (15.6 words with <start> and <end>, up to 81) are scored, trained on and
@@ -43,7 +45,15 @@ from torch import Tensor
 from checkpoint import rename_released, save_checkpoint
 from data import Batch, PrecompDataset, train_loader
 from errors import InputError, one_line
-from evaluation import encode_captions, encode_images, select_device
+from evaluation import (
+    PRECISIONS,
+    encode_captions,
+    encode_images,
+    load,
+    score,
+    select_device,
+)
+from metrics import retrieval_metrics
 from model import LHSC, triplet_loss
 from scoring import EncodedCaptions, EncodedImages, Scorer
 from train import cpu_name, train_step
@@ -184,10 +194,10 @@ def scoring(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: boo
         shard = [images.region_emb[rows] for rows in shards]
         return torch.cat([score_loop(released.sim_enc, x, words, lengths).cpu() for x in shard])
 
-    def score(name: str) -> Tensor:
+    def ours_in(name: str) -> Tensor:
         return torch.cat([tile.cpu() for _, tile in scorers[name].tiles(images, captions)], dim=1)
 
-    ways = {"loop": loop, "fp32": lambda: score("fp32"), "bf16": lambda: score("bf16")}
+    ways = {"loop": loop, "fp32": lambda: ours_in("fp32"), "bf16": lambda: ours_in("bf16")}
     sims, peak = {}, {}
     for name, way in ways.items():
         peak[name] = peak_memory(lambda name=name, way=way: sims.update({name: way()}), device)
@@ -440,6 +450,31 @@ def evaluation(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: 
     }  # fmt: skip
 
 
+def precision(path: Path, device: torch.device) -> dict:
+    """Test scores of a trained model in float32 and in bfloat16: recalls and how ranks agree."""
+    model, settings, vocab = load(path, argparse.Namespace())
+    dataset = PrecompDataset(settings["data_path"], settings["data_name"], "test", vocab)
+    model, owner = model.to(device), dataset.image_of_caption
+    images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
+    sims = {name: score(model, images, captions, dtype) for name, dtype in PRECISIONS.items()}
+    a, b = sims["fp32"], sims["bf16"]
+
+    def agreement(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        top_x, top_y = (np.argsort(-z, axis=1, kind="stable")[:, :10] for z in (x, y))
+        shared = [len(set(m) & set(n)) / len(m) for m, n in zip(top_x, top_y, strict=True)]
+        first = (top_x[:, 0] == top_y[:, 0]).mean()
+        return {"same_first": 100 * float(first), "top10_shared": 100 * float(np.mean(shared))}
+
+    return {
+        "data": f"{dataset.name} {dataset.split}",
+        "largest_difference": float(np.abs(a - b).max()),
+        "spread": float(a.std()),
+        "i2t": agreement(a, b),
+        "t2i": agreement(a.T, b.T),
+        **{name: retrieval_metrics(x, owner) for name, x in sims.items()},
+    }
+
+
 # -- what is said ---------------------------------------------------------------------------------
 
 
@@ -502,6 +537,27 @@ def markdown(result: dict) -> str:
         )
     if rows:
         lines += ["| | time | against the released way | memory |", "|---|---|---|---|", *rows, ""]
+    if "precision" in result:
+        lines += [
+            "| trained model | precision | i2t R@1 / 5 / 10 | t2i R@1 / 5 / 10 | rsum "
+            "| same first answer | top ten shared | largest difference |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for p in result["precision"]:
+            ways = ("i2t", "t2i")
+            agree = [
+                " / ".join(f"{p[way][what]:.1f} %" for way in ways)
+                for what in ("same_first", "top10_shared")
+            ]
+            difference = f"{p['largest_difference']:.0e} (spread of scores {p['spread']:.0e})"
+            for name, told in (("fp32", ["", "", ""]), ("bf16", [*agree, difference])):
+                recalls = [
+                    " / ".join(f"{p[name][way][r]:.1f}" for r in ("r1", "r5", "r10"))
+                    for way in ways
+                ]
+                cells = [p["data"], name, *recalls, f"{p[name]['rsum']:.1f}", *told]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
     if "scaling" in result:
         told = [
             f"{what}: " + ", ".join(f"{float(n):,.0f} in {t:.2f} s" for n, t in times.items())
@@ -515,11 +571,13 @@ def markdown(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="smaller, under a minute on 2 cores")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts only")
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="these parts only")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
     parser.add_argument(
         "--table", metavar="FILE", type=Path, help="print the table of a run's JSON"
     )
+    parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], metavar="CKPT",
+                        help="trained models whose ranks in bfloat16 are compared")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     opt = parser.parse_args()
     if opt.table:
@@ -543,13 +601,15 @@ def main() -> None:
     released, ours = models(device)
     measure = (scoring, training, encoding, loading, scaling, evaluation)
     quick_parts = ("scoring", "training", "encoding", "loading")
-    wanted = opt.only or (quick_parts if opt.quick else PARTS)
+    wanted = opt.only if opt.only is not None else (quick_parts if opt.quick else PARTS)
     for part in measure:
         if part.__name__ in wanted:
             print(f"{part.__name__} …", file=sys.stderr, flush=True)
             start = time.perf_counter()
             result[part.__name__] = part(released, ours, device, opt.quick)
             print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    if opt.checkpoints:
+        result["precision"] = [precision(path, device) for path in opt.checkpoints]
     print(markdown(result))
     if opt.json:
         opt.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

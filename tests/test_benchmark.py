@@ -6,7 +6,7 @@ import benchmark
 import pytest
 import torch
 from conftest import ROOT
-from test_commands import refused, run
+from test_commands import refused, run, trained  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
 
@@ -81,6 +81,18 @@ def test_the_command_writes_figures_and_a_table(tmp_path):
     assert json.loads((tmp_path / "b.json").read_text())["loading"]["seconds_per_batch"] > 0
     again = run(tmp_path, "scripts/benchmark.py", "--table", "b.json")
     assert again.stdout == made.stdout and "loading a batch of 128" in again.stdout
+
+
+def test_precisions_are_compared_on_a_trained_model(trained):  # noqa: F811
+    folder, _ = trained
+    checkpoint = "runs/LHSC/checkpoint/model_best.pth.tar"
+    made = run(folder, "scripts/benchmark.py", "--only", "--checkpoints", checkpoint, "--json",
+               "p.json")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    (compared,) = json.loads((folder / "p.json").read_text())["precision"]
+    assert 0 < compared["largest_difference"] < 0.1 * compared["spread"]
+    assert compared["t2i"]["top10_shared"] > 90
+    assert "| bf16 |" in made.stdout
 
 
 def test_bad_arguments_end_in_one_line(tmp_path):
