@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from alignment import Alignment, GatedSum, blocks
+from alignment import Alignment, GatedSum, images_a_block
 from attention import (
     EPS,
     RegionPooling,
@@ -192,15 +192,13 @@ class SimilarityEncoder(nn.Module):
 
         region_emb (B, R, D), word_emb (W, D) -> (B, W, R).
         """
-        rows = blocks(
-            len(region_emb), word_emb.shape[0] * region_emb.shape[1], word_emb.device.type
-        )
+        size = images_a_block(len(word_emb) * region_emb.shape[1], word_emb.device.type)
         weights = [
             checkpoint(
-                unit_attention, region_emb[block], word_emb, owner, n_captions,
+                unit_attention, some, word_emb, owner, n_captions,
                 use_reentrant=False, preserve_rng_state=False,
             )
-            for block in rows
+            for some in region_emb.split(size)
         ]  # fmt: skip
         return torch.cat(weights)
 

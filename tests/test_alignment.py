@@ -37,22 +37,35 @@ def assert_same(ours, expected, inputs):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("images_a_block", [1, 2, 100])
+@pytest.mark.parametrize("images_a_block", [0, 0.4, 1, 2, 100])  # 0.4: some words of one
 def test_alignments_equal_the_plain_version(monkeypatch, images_a_block):
     inputs = arguments()
-    monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", images_a_block * 7 * 6)
+    monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", int(images_a_block * 7 * 6))
     assert_same(Alignment.apply(*inputs, 1e-8), plain(*inputs), inputs)
 
 
-@pytest.mark.parametrize("images_a_block", [1, 2, 100])
+@pytest.mark.parametrize("images_a_block", [0, 0.4, 1, 2, 100])  # 0.4: some words of one
 def test_gated_sums_equal_the_plain_version(monkeypatch, images_a_block):
-    monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", images_a_block * 7 * 3)
+    monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", int(images_a_block * 7 * 3))
     gates = torch.rand(5, 7, dtype=torch.float64, requires_grad=True)
     aligned = torch.randn(5, 7, 3, dtype=torch.float64, requires_grad=True)
     product = gates.unsqueeze(-1) * aligned
     expected = torch.stack([product[:, c == OWNER].sum(1) for c in range(3)], dim=1)
     ours = GatedSum.apply(gates, aligned, OWNER, 3)
     assert_same([ours], [expected], [gates, aligned])
+
+
+@pytest.mark.parametrize(("n_images", "n_words", "width"), [(5, 7, 6), (1, 100, 3), (9, 1, 1)])
+@pytest.mark.parametrize("numel", [1, 20, 50, 10**6])
+def test_blocks_hold_every_image_and_word_once(monkeypatch, n_images, n_words, width, numel):
+    monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", numel)
+    seen = torch.zeros(n_images, n_words)
+    for i, j in alignment.blocks(n_images, n_words, width, "cpu"):
+        seen[i, j] += 1
+        block = seen[i, j]
+        assert block.numel() * width <= max(numel, width)
+        assert block.is_contiguous() or len(block) == 1
+    assert (seen == 1).all()
 
 
 def test_gradcheck():
