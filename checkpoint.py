@@ -2,7 +2,10 @@
 
 A checkpoint of ours is a plain dict of tensors, numbers and strings:
     epoch, Eiters (optimizer steps), best_rsum, opt (train.py's options, with vocab_size, img_dim
-    and num_regions filled in), vocab (fingerprint), model (state dict), optimizer (state dict)
+    and num_regions filled in), vocab (fingerprint), model (state dict)
+and, to go on from there (train.py --resume): optimizer, schedule, random, batch (how many of the
+epoch are done), validated (the step of the last validation), loss_sum and logged (of the log line
+that is being averaged).
 
 The released code (Python 2) stores `model` as three state dicts [image, text, similarity] and
 `opt` as an argparse.Namespace; RELEASED_NAMES turns them into ours.
@@ -11,11 +14,16 @@ The released code (Python 2) stores `model` as three state dicts [image, text, s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pickle
+import random
 import re
+import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -190,7 +198,11 @@ def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
 
 
 def save_checkpoint(state: dict, path: str | Path) -> None:
-    """Write `state` so that `path` holds either the old file or the whole new one."""
+    """Write `state` so that `path` holds either the old file or the whole new one.
+
+    Raises:
+        OSError: if the disk is full or the folder read-only; what was there is left as it was.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -199,6 +211,87 @@ def save_checkpoint(state: dict, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):  # RuntimeError: torch's writer on a full disk
+            raise OSError(
+                f"{path}: could not be written ({str(error).splitlines()[0]}); earlier checkpoints "
+                "are as they were"
+            ) from error
         raise
+
+
+# -- the checkpoints of a run ---------------------------------------------------------------------
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """Where a run keeps its state after `step` optimizer steps."""
+    return folder / f"checkpoint_{step}.pth.tar"
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The states kept in a run's folder, newest first."""
+    found = {int(m[1]): f for f in folder.glob("checkpoint_*.pth.tar")
+             if (m := re.fullmatch(r"checkpoint_(\d+)\.pth\.tar", f.name))}  # fmt: skip
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def keep_newest(folder: Path, n: int) -> None:
+    """Remove all but the n newest states of a run."""
+    for file in step_files(folder)[n:]:
+        file.unlink()
+
+
+def load_whole(path: Path) -> dict:
+    """As load_checkpoint, after every byte has been compared with the file's checksums.
+
+    Raises:
+        InputError: if the file is no LHSC checkpoint, or is damaged.
+    """
+    if path.is_file():
+        try:
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+            raise InputError(f"{path}: damaged or not a checkpoint ({error})") from error
+        if damaged:
+            raise InputError(f"{path}: damaged, its part {damaged} does not fit its checksum")
+    return load_checkpoint(path)
+
+
+def load_newest(folder: Path) -> tuple[Path, dict]:
+    """The newest state of a run that is whole; damaged ones are passed over with a line each.
+
+    Raises:
+        InputError: if there is none.
+    """
+    for file in step_files(folder):
+        try:
+            return file, load_whole(file)
+        except InputError as error:
+            print(f"warning: {error}; going back to the one before", file=sys.stderr)
+    raise InputError(f"{folder}: no whole checkpoint_N.pth.tar to resume from")
+
+
+def random_states() -> dict:
+    """Of Python, NumPy, torch and CUDA, as tensors and numbers."""
+    _, python, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (list(python), gauss),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict) -> None:
+    """What random_states returned; CUDA's only where there are as many devices."""
+    python, gauss = states["python"]
+    random.setstate((3, tuple(python), gauss))
+    keys, *others = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *others))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -14,6 +14,7 @@ L longest caption.
 from __future__ import annotations
 
 import mmap
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -260,14 +261,17 @@ def collate(examples: list[tuple[Tensor, Tensor, int, int]]) -> Batch:
 class ShuffledBatches:
     """A batch sampler whose order depends on (seed, epoch) alone: call `set_epoch` each epoch.
 
+    An epoch may start in its middle: its first `start` batches are then left out.
+
     A last batch of one example is left out: it has no negative, and no batch statistics.
     """
 
     def __init__(self, n_examples: int, batch_size: int, seed: int) -> None:
-        self.n_examples, self.batch_size, self.seed, self.epoch = n_examples, batch_size, seed, 0
+        self.n_examples, self.batch_size, self.seed = n_examples, batch_size, seed
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return (self.n_examples + self.batch_size - 2) // self.batch_size
@@ -275,14 +279,17 @@ class ShuffledBatches:
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.n_examples, generator=generator)
-        for batch in order.split(self.batch_size)[: len(self)]:
+        for batch in order.split(self.batch_size)[self.start : len(self)]:
             yield batch.tolist()
 
 
 def train_loader(
     dataset: PrecompDataset, batch_size: int, workers: int, seed: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Shuffled batches for training; `loader.batch_sampler.set_epoch(e)` before each epoch."""
+    """Shuffled batches for training; `loader.batch_sampler.set_epoch(e)` before each epoch.
+
+    The order comes from the sampler's seed; no random number of torch's own is used up.
+    """
     return DataLoader(
         dataset,
         batch_sampler=ShuffledBatches(len(dataset), batch_size, seed),
@@ -290,4 +297,12 @@ def train_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),
+        worker_init_fn=leave_signals_to_the_trainer,
     )
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process: the trainer ends the run, its loader workers wait for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -3,29 +3,47 @@
     python train.py --data_name f30k_precomp
     python train.py --data_name coco_precomp --num_epochs 20 --lr_update 10
 
-writes to ./runs/LHSC/checkpoint: model_best.pth.tar (best rsum on dev), checkpoint.pth.tar (the
-last epoch, with the optimizer) and metrics.jsonl (one JSON object a line, the run's arguments
-first); TensorBoard scalars to ./runs/LHSC/log. An earlier run found there is moved aside.
+writes to ./runs/LHSC/checkpoint: model_best.pth.tar (best rsum on dev), the newest
+checkpoint_STEP.pth.tar (all that is needed to go on) and metrics.jsonl (one JSON object a line, the
+run's arguments first); TensorBoard scalars to ./runs/LHSC/log. An earlier run found there is moved
+aside.
+
+    python train.py --resume                            # goes on where ./runs/LHSC was stopped
+    python train.py --resume runs/mine/checkpoint       # or another run, or one checkpoint_STEP
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 
-from checkpoint import MODEL_OPTIONS, save_checkpoint
+from checkpoint import (
+    MODEL_OPTIONS,
+    keep_newest,
+    load_newest,
+    load_whole,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+    step_file,
+)
 from data import Batch, PrecompDataset, find_files, train_loader
 from errors import InputError, one_line
 from evaluation import evaluate, report, select_device
@@ -101,8 +119,24 @@ def options() -> argparse.ArgumentParser:
     add("--logger_name", default="./runs/LHSC/log", help="folder for TensorBoard")
     add("--log_step", default=10, type=at_least(1), help="steps between log lines")
     add("--val_step", default=1000, type=at_least(1), help="steps between validations")
+    add("--save_step", default=500, type=at_least(1), help="steps between checkpoints")
+    add("--keep", default=2, type=at_least(1), help="how many of them are kept")
+    add(
+        "--resume",
+        default=None,
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="go on with the run in --model_name, or the one at PATH (folder or checkpoint)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--seed", default=0, type=at_least(0), help="of weights, dropout and batches")
+    add(
+        "--deterministic",
+        default=False,
+        action=switch,
+        help="bitwise repeatable on CUDA too, where that is slower; a CPU always is",
+    )
     return parser  # fmt: skip
 
 
@@ -133,6 +167,10 @@ def rate(text: str) -> float:
     return float(text)
 
 
+class NotFinite(ArithmeticError):
+    """The loss or the gradient of a step is infinite or not a number; nothing was updated."""
+
+
 def train_step(
     model: LHSC,
     optimizer: torch.optim.Optimizer,
@@ -141,13 +179,18 @@ def train_step(
     max_violation: bool = True,
     grad_clip: float = 2.0,
 ) -> float:
-    """One optimizer step; returns the loss, summed over the batch."""
+    """One optimizer step; returns the loss, summed over the batch.
+
+    Raises:
+        NotFinite: before the weights are touched.
+    """
     sims = model(batch.images, batch.captions, batch.lengths)  # (B, B)
     loss = triplet_loss(sims, margin, max_violation)
     optimizer.zero_grad()
     loss.backward()
-    if grad_clip > 0:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
+    if not torch.isfinite(loss + norm):
+        raise NotFinite(f"loss {loss.item()}, gradient norm {norm.item()}")
     optimizer.step()
     return loss.item()
 
@@ -163,14 +206,41 @@ def collapsed(loss: float, opt: argparse.Namespace, hardest: bool) -> bool:
 class RunLog:
     """What a run says: lines for people, metrics.jsonl for scripts, scalars for TensorBoard."""
 
-    def __init__(self, folder: Path, logger_name: str, header: dict) -> None:
+    def __init__(self, folder: Path, logger_name: str, header: dict, after: int = 0) -> None:
+        """A run that is resumed after step `after` keeps its lines up to there."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its protobuf files are old
             import tensorboard_logger
 
         self._tensorboard = tensorboard_logger.Logger(logger_name, flush_secs=5)
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._write({"type": "run"} | header)
+        self._said: set[str] = set()
+        path = folder / "metrics.jsonl"
+        lines = [json.dumps({"type": "run"} | header)]
+        if after and path.is_file():
+            again = {"type": "resume", "step": after} | header
+            lines = [*self._up_to(path, after), json.dumps(again)]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    @staticmethod
+    def _up_to(path: Path, step: int) -> list[str]:
+        """The lines of steps not after `step`; what was cut off in the middle is left out."""
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+            except ValueError:
+                print(f"warning: {path}: left out an unfinished line", file=sys.stderr)
+        return kept
+
+    def once(self, note: str) -> None:
+        """A line for people, the first time."""
+        if note not in self._said:
+            self._said.add(note)
+            print(note, flush=True)
 
     def _write(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -253,16 +323,103 @@ def load_vocabulary(opt: argparse.Namespace) -> Vocabulary:
     return vocab
 
 
-def train(opt: argparse.Namespace) -> dict:
-    """A whole run; returns the best dev metrics.
+# What a resumed run may change; everything else is the checkpoint's.
+MAY_CHANGE = {
+    "data_path", "vocab_path", "workers", "num_epochs", "model_name", "logger_name", "log_step",
+    "val_step", "save_step", "keep", "device", "resume", "deterministic",
+}  # fmt: skip
+
+
+def resumed(opt: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, dict]:
+    """The options of the run to go on with, and its newest whole state.
+
+    given: the options that stand on the command line.
+
+    Raises:
+        InputError: if there is no run to resume, or an option given contradicts it.
+    """
+    path = Path(opt.resume or opt.model_name)
+    path, saved = (path, load_whole(path)) if path.is_file() else load_newest(path)
+    if missing := {"optimizer", "schedule", "random", "batch", "vocab"} - saved.keys():
+        raise InputError(
+            f"{path}: holds no {', '.join(sorted(missing))}: only train.py's "
+            "checkpoint_STEP.pth.tar can be resumed from"
+        )
+    old = saved["opt"]
+    for name, value in given.items():
+        if name not in MAY_CHANGE and old.get(name) != value:
+            raise InputError(
+                f"--{name} {value}: {path} was trained with {old.get(name)}; leave the option out, "
+                "or start a new run without --resume"
+            )
+    now = vars(opt) | old | given
+    if "model_name" not in given:
+        now["model_name"] = str(path.parent)
+    print(f"going on from {path}: epoch {saved['epoch']}, batch {saved['batch']}", flush=True)
+    return argparse.Namespace(**now), saved
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One run a folder.
+
+    Raises:
+        InputError: if another process trains into it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another run is training into it; give this one another --model_name"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM, so that a step can end and be saved; a second one is heeded."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> Stop:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr)
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
+    """A whole run, or the rest of one from the state `saved`; returns the best dev metrics.
 
     Raises:
         InputError: for anything wrong with the files or the options, before anything is written.
+        SystemExit: 130 after SIGINT, 143 after SIGTERM, when the step is done and saved.
     """
     device = select_device(opt.device)
+    if opt.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     for split in ("train", "dev"):
         find_files(opt.data_path, opt.data_name, split)
     vocab = load_vocabulary(opt)
+    if saved and saved["vocab"] != vocab.fingerprint():
+        raise InputError(
+            f"{vocab_file(opt.vocab_path, opt.data_name)}: not the vocabulary the run began with"
+        )
     trainset = PrecompDataset(
         opt.data_path, opt.data_name, "train", vocab, opt.img_dim, opt.num_regions
     )
@@ -287,80 +444,137 @@ def train(opt: argparse.Namespace) -> dict:
     if not len(loader):
         raise InputError(f"{opt.data_path}/{opt.data_name}: {len(trainset)} captions make no batch")
 
-    folder = Path(opt.model_name)
-    move_aside(folder)
-    move_aside(Path(opt.logger_name))
-    folder.mkdir(parents=True, exist_ok=True)
-    log = RunLog(folder, opt.logger_name, describe(opt, device))
-
+    first_epoch, first_batch, step, validated, losses, logged = 0, 0, 0, 0, 0.0, 0
     best: dict = {"rsum": -1.0}
-    step, validated, warned = 0, 0, False
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        set_random_states(saved["random"])
+        first_epoch, first_batch, step = saved["epoch"], saved["batch"], saved["Eiters"]
+        validated, losses, logged = saved["validated"], saved["loss_sum"], saved["logged"]
+        best = {"rsum": saved["best_rsum"]}
 
-    def state(epoch: int) -> dict:
-        return {
-            "epoch": epoch, "Eiters": step, "best_rsum": best["rsum"], "opt": dict(vars(opt)),
-            "vocab": vocab.fingerprint(), "model": model.state_dict(),
-        }  # fmt: skip
+    folder = Path(opt.model_name)
+    with lock(folder), Stop() as stop:
+        if not saved:
+            move_aside(folder)
+            move_aside(Path(opt.logger_name))
+        folder.mkdir(parents=True, exist_ok=True)
+        log = RunLog(folder, opt.logger_name, describe(opt, device), after=step)
 
-    def validate(epoch: int) -> None:
-        nonlocal best, validated
-        if validated == step:
-            return
-        validated = step
-        metrics, _ = evaluate([model.eval()], devset, device)
-        model.train()
-        is_best = metrics["rsum"] > best["rsum"]
-        log.dev(epoch, step, metrics, is_best)
-        if is_best:
-            best = metrics
-            save_checkpoint(state(epoch), folder / "model_best.pth.tar")
+        def state(epoch: int, **others: object) -> dict:
+            return {
+                "epoch": epoch, "Eiters": step, "best_rsum": best["rsum"], "opt": dict(vars(opt)),
+                "vocab": vocab.fingerprint(), "model": model.state_dict(),
+            } | others  # fmt: skip
 
-    for epoch in range(opt.num_epochs):
-        loader.batch_sampler.set_epoch(epoch)
-        model.train()
-        clock = end = time.perf_counter()
-        losses, waited, since = 0.0, 0.0, step
-        hardest = opt.max_violation and epoch >= opt.warmup_epochs
-        for i, batch in enumerate(loader, start=1):
-            batch = batch.to(device)
-            waited += time.perf_counter() - end
-            loss = train_step(model, optimizer, batch, opt.margin, hardest, opt.grad_clip)
-            step += 1
-            if not np.isfinite(loss):
-                raise InputError(f"the loss is {loss} at step {step} (epoch {epoch}): stopped")
-            losses += loss
-            end = time.perf_counter()
-            if step % opt.log_step == 0 or i == len(loader):
-                n = step - since
-                log.train(
-                    {
-                        "epoch": epoch, "step": step, "loss": losses / n,
-                        "lr": schedule.get_last_lr()[0],
-                        "batch_time": (end - clock) / n, "data_time": waited / n,
-                    },
-                    f"epoch {epoch} [{i}/{len(loader)}]",
-                )  # fmt: skip
-                if i < len(loader) and collapsed(losses / n, opt, hardest) and not warned:
-                    warned = True
-                    print(COLLAPSED, flush=True)
-                losses, waited, since = 0.0, 0.0, step
-                clock = end = time.perf_counter()
-            if step % opt.val_step == 0:
-                validate(epoch)
-                clock = end = time.perf_counter()
-                waited, losses, since = 0.0, 0.0, step
-        schedule.step()
-        validate(epoch)
-        save_checkpoint(
-            state(epoch) | {"optimizer": optimizer.state_dict()}, folder / "checkpoint.pth.tar"
-        )
+        def save(epoch: int, batch: int) -> None:
+            """All that is needed to go on from here."""
+            going_on = {
+                "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                "random": random_states(), "batch": batch, "validated": validated,
+                "loss_sum": losses, "logged": logged,
+            }  # fmt: skip
+            save_checkpoint(state(epoch, **going_on), step_file(folder, step))
+            keep_newest(folder, opt.keep)
+
+        def validate(epoch: int) -> None:
+            nonlocal best, validated
+            if validated == step:
+                return
+            validated = step
+            metrics, _ = evaluate([model.eval()], devset, device)
+            model.train()
+            is_best = metrics["rsum"] > best["rsum"]
+            log.dev(epoch, step, metrics, is_best)
+            if is_best:
+                best = metrics
+                save_checkpoint(state(epoch), folder / "model_best.pth.tar")
+
+        for epoch in range(first_epoch, opt.num_epochs):
+            loader.batch_sampler.set_epoch(epoch, first_batch)
+            model.train()
+            clock = end = time.perf_counter()
+            waited, timed = 0.0, step
+            hardest = opt.max_violation and epoch >= opt.warmup_epochs
+            for i, batch in enumerate(loader, start=1 + first_batch):
+                waited += time.perf_counter() - end
+                moved = batch.to(device)
+                try:
+                    loss = train_step(model, optimizer, moved, opt.margin, hardest, opt.grad_clip)
+                except NotFinite as error:
+                    stop_at(batch, folder, epoch, step, schedule.get_last_lr()[0], error)
+                step += 1
+                losses += loss
+                end = time.perf_counter()
+                if step % opt.log_step == 0 or i == len(loader):
+                    mean = losses / (step - logged)
+                    log.train(
+                        {
+                            "epoch": epoch, "step": step, "loss": mean,
+                            "lr": schedule.get_last_lr()[0],
+                            "batch_time": (end - clock) / (step - timed),
+                            "data_time": waited / (step - timed),
+                        },
+                        f"epoch {epoch} [{i}/{len(loader)}]",
+                    )  # fmt: skip
+                    if i < len(loader) and collapsed(mean, opt, hardest):
+                        log.once(COLLAPSED)
+                    losses, logged, waited, timed = 0.0, step, 0.0, step
+                    clock = time.perf_counter()
+                if step % opt.val_step == 0:
+                    validate(epoch)
+                if stop.signal or (step % opt.save_step == 0 and i < len(loader)):
+                    save(epoch, i)
+                if stop.signal:
+                    print(f"stopped at step {step}; to go on: python train.py --resume {folder}")
+                    sys.exit(128 + stop.signal)
+                if step % opt.val_step == 0 or step % opt.save_step == 0:
+                    waited, timed = 0.0, step
+                    clock = end = time.perf_counter()
+            first_batch = 0
+            schedule.step()
+            validate(epoch)
+            save(epoch + 1, 0)
+            if stop.signal:
+                print(f"stopped at step {step}; to go on: python train.py --resume {folder}")
+                sys.exit(128 + stop.signal)
     print(f"best dev rsum {best['rsum']:.1f}: {folder / 'model_best.pth.tar'}")
     return best
 
 
+def stop_at(
+    batch: Batch, folder: Path, epoch: int, step: int, lr: float, error: NotFinite
+) -> NoReturn:
+    """Say what is needed to replay a step that came to nothing, and end the run."""
+    report = {
+        "error": str(error), "epoch": epoch, "step": step + 1, "lr": lr,
+        "image_index": batch.image_index.tolist(), "caption_index": batch.caption_index.tolist(),
+    }  # fmt: skip
+    path = folder / "not_finite.json"
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    raise InputError(
+        f"step {step + 1} (epoch {epoch}, learning rate {lr:.1e}): {error}; its images "
+        f"and captions are named in {path}, the weights were left alone. Try a smaller "
+        "--learning_rate"
+    )
+
+
+def given_options(arguments: list[str] | None = None) -> dict:
+    """The options that stand on the command line."""
+    parser = options()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(arguments))
+
+
 @one_line
 def main() -> None:
-    train(options().parse_args())
+    opt, saved = options().parse_args(), None
+    if opt.resume is not None:
+        opt, saved = resumed(opt, given_options())
+    train(opt, saved)
 
 
 if __name__ == "__main__":

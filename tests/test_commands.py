@@ -60,7 +60,9 @@ def test_training_leaves_what_it_says(trained):
     folder, output = trained
     run_folder = folder / "runs/LHSC/checkpoint"
     files = sorted(file.name for file in run_folder.iterdir())
-    assert files == ["checkpoint.pth.tar", "metrics.jsonl", "model_best.pth.tar"]
+    assert files == [
+        "checkpoint_10.pth.tar", "checkpoint_20.pth.tar", "metrics.jsonl", "model_best.pth.tar",
+    ]  # fmt: skip
     assert list((folder / "runs/LHSC/log").glob("events.out.tfevents.*"))
     assert "tiny_vocab.json: not found, built" in output and "released file" in output
     first, *lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
@@ -77,7 +79,7 @@ def test_training_leaves_what_it_says(trained):
 
 def test_a_checkpoint_is_plain(trained):
     folder, _ = trained
-    path = folder / "runs/LHSC/checkpoint/checkpoint.pth.tar"
+    path = folder / "runs/LHSC/checkpoint/checkpoint_20.pth.tar"
     checkpoint = torch.load(path, weights_only=True)  # without any class allowed
 
     def plain(value):
@@ -156,7 +158,7 @@ def test_the_same_seed_gives_the_same_run(trained):
     for seed in (0, 0, 1):
         result = run(folder, "train.py", *arguments, "--seed", seed)
         assert result.returncode == 0, result.stderr
-        runs.append(load_checkpoint(folder / "again/c/checkpoint.pth.tar")["model"])
+        runs.append(load_checkpoint(folder / "again/c/checkpoint_20.pth.tar")["model"])
     same, other = runs[1:]
     assert all(torch.equal(runs[0][name], same[name]) for name in same)
     assert not all(torch.equal(runs[0][name], other[name]) for name in other)
@@ -173,7 +175,7 @@ def test_released_options_train_the_released_way(trained):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "dev 5, 23" in result.stdout
-    opt = load_checkpoint(folder / "r/c/checkpoint.pth.tar")["opt"]
+    opt = load_checkpoint(folder / "r/c/checkpoint_20.pth.tar")["opt"]
     assert opt["padding"] == "released" and opt["bi_gru"] is False and opt["no_imgnorm"] is True
 
 
