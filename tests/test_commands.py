@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import GOLDENS, ROOT, write_split
 
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, load_newest
 from evaluation import evalrank, protocol
 from metrics import retrieval_metrics
 from vocab import Vocabulary
@@ -142,7 +142,7 @@ def test_five_folds(trained):
 
 def test_an_ensemble_averages_scores(trained):
     folder, _ = trained
-    models = [f"runs/LHSC/checkpoint/{n}.pth.tar" for n in ("model_best", "checkpoint")]
+    models = [f"runs/LHSC/checkpoint/{n}.pth.tar" for n in ("checkpoint_10", "checkpoint_20")]
     for name, paths in (("a", models[:1]), ("b", models[1:]), ("ab", models)):
         result = run(folder, "evaluation.py", "--save_sims", f"{name}.npy", "--model_path", *paths)
         assert result.returncode == 0, result.stderr
@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_run(trained):
     for seed in (0, 0, 1):
         result = run(folder, "train.py", *arguments, "--seed", seed)
         assert result.returncode == 0, result.stderr
-        runs.append(load_checkpoint(folder / "again/c/checkpoint_20.pth.tar")["model"])
+        runs.append(load_newest(folder / "again/c")[1]["model"])
     same, other = runs[1:]
     assert all(torch.equal(runs[0][name], same[name]) for name in same)
     assert not all(torch.equal(runs[0][name], other[name]) for name in other)
@@ -175,7 +175,7 @@ def test_released_options_train_the_released_way(trained):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "dev 5, 23" in result.stdout
-    opt = load_checkpoint(folder / "r/c/checkpoint_20.pth.tar")["opt"]
+    opt = load_newest(folder / "r/c")[1]["opt"]
     assert opt["padding"] == "released" and opt["bi_gru"] is False and opt["no_imgnorm"] is True
 
 
