@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import pickle
 import random
 import re
 import sys
@@ -162,8 +161,9 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             raw = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError,
-            AttributeError, IndexError, UnicodeDecodeError) as error:  # fmt: skip
+    except PermissionError:
+        raise
+    except Exception as error:  # whatever torch's reader says of bytes that are no checkpoint
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path}: not a readable checkpoint ({os.path.getsize(path)} bytes): {reason[:200]}"
@@ -171,6 +171,8 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(raw, dict) or not {"model", "opt"} <= raw.keys():
         found = sorted(map(str, raw))[:6] if isinstance(raw, dict) else type(raw).__name__
         raise InputError(f"{path}: not an LHSC checkpoint: expected 'model' and 'opt', got {found}")
+    if not isinstance(raw["opt"], dict | argparse.Namespace):
+        raise InputError(f"{path}: 'opt' should hold options, it is a {type(raw['opt']).__name__}")
     if isinstance(raw["model"], list | tuple):
         return _translate_released(raw, path)
     return raw | {"released": False}

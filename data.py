@@ -61,7 +61,7 @@ class RegionFile:
     ) -> None:
         self.path = path
         self._open()
-        if self._rows.ndim != 3 or 0 in self._rows.shape:
+        if self._rows.ndim != 3 or min(self._rows.shape) < 1:
             raise InputError(
                 f"{path}: expected regions as (images, regions, img_dim), found {self._rows.shape}"
             )
@@ -79,7 +79,9 @@ class RegionFile:
         self._bytes_read = 0
         try:
             self._rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, SyntaxError) as error:
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # whatever numpy's parser says of bytes that are no array
             raise InputError(f"{self.path}: not a readable .npy array: {error}") from error
         if not isinstance(self._rows, np.memmap):
             raise InputError(f"{self.path}: not a single .npy array (an archive?)")

@@ -53,14 +53,14 @@ class EncodedCaptions(NamedTuple):
 
 
 class BlockSize(NamedTuple):
-    """What is handled at once; see `python scripts/benchmark.py --blocks`."""
+    """What is handled at once."""
 
     words: int  # a longer caption stands alone
     images: int  # of the attention
-    aligned: int  # images of the D-wide difference: (aligned, words, D) numbers
+    numel: int  # numbers of the D-wide difference, as many images × words × D
 
 
-BLOCK_SIZE = {"cpu": BlockSize(512, 16, 2), "cuda": BlockSize(1024, 128, 128)}
+BLOCK_SIZE = {"cpu": BlockSize(512, 16, 2**20), "cuda": BlockSize(1024, 128, 2**27)}
 
 
 def caption_chunks(lengths: Tensor, n_words: int) -> list[slice]:
@@ -133,7 +133,7 @@ class Scorer:
         """(b, R, D), (b, D), (w, D), c captions, owner (w,), ones (c, w) -> sims (b, c)."""
         weights = self._attention(regions, words, owner, ones)  # (b, w, R)
         pooled, total = self._global(image_global, captions.caption_global)  # (b, c, S), (b, c)
-        for rows in _slices(len(regions), self.block.aligned):
+        for rows in _slices(len(regions), max(1, self.block.numel // words.numel())):
             aligned = self._align(weights[rows], regions[rows], words)  # (b', w, S)
             inverse = inverse_length(torch.linalg.vector_norm(aligned, dim=-1))  # (b', w)
             gates = torch.sigmoid(aligned @ self.a * inverse + self.a0)

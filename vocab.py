@@ -105,7 +105,7 @@ class Vocabulary:
                 f"{path}: no vocabulary here; name its folder with --vocab_path, or make one: "
                 f"python vocab.py --data_path D --data_name N"
             ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a JSON file: {error}") from error
         word2idx = content.get("word2idx") if isinstance(content, dict) else None
         if not isinstance(word2idx, dict) or not word2idx:
@@ -120,6 +120,10 @@ class Vocabulary:
         if word2idx["<pad>"] != 0:
             raise InputError(f"{path}: <pad> should be number 0, it is {word2idx['<pad>']}")
         words = sorted(word2idx, key=word2idx.get)
+        try:
+            "".join(words).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{path}: a word that is no text: {error}") from error
         idx2word = content.get("idx2word")
         if idx2word is not None and idx2word != {str(i): word for i, word in enumerate(words)}:
             raise InputError(f"{path}: idx2word and word2idx disagree")

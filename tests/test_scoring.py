@@ -52,7 +52,9 @@ def scores(scorer, images, captions):
     return sims
 
 
-@pytest.mark.parametrize("block", [(512, 16, 2), (1, 1, 1), (50, 3, 2), (64, 4, 4), (9999, 99, 99)])
+@pytest.mark.parametrize(
+    "block", [(512, 16, 2**20), (1, 1, 1), (50, 3, 2 * 50 * D), (64, 4, 9999), (9999, 99, 2**30)]
+)
 def test_scoring_is_the_model_whatever_the_blocks(similarity, block):
     images, captions = encoded(similarity)
     with torch.no_grad():
