@@ -33,6 +33,7 @@ from vocab import Vocabulary, vocab_file
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
 ENCODE_BATCH = 100  # the released code's; with its padding a caption's embedding depends on it
 N_FOLDS = 5
+COLLAPSED = 1e-6  # scores this close together are one score
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the scoring's products
 
 
@@ -175,6 +176,12 @@ def evaluate(
     matrix = blocks[0] if wanted == [everything] else None
     if fold5 and matrix is not None:
         blocks = [matrix[i, c] for i, c in folds]
+    if any(np.ptp(block) < COLLAPSED for block in blocks):
+        print(
+            f"warning: all scores lie within {COLLAPSED:g}: the model has collapsed. Ties count "
+            "against it, so these recalls are not above chance",
+            file=sys.stderr,
+        )
     image_of_caption = dataset.image_of_caption
     try:
         if not fold5:

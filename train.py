@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -498,7 +498,7 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
             clock = end = time.perf_counter()
             waited, timed = 0.0, step
             hardest = opt.max_violation and epoch >= opt.warmup_epochs
-            for i, batch in enumerate(loader, start=1 + first_batch):
+            for i, batch in enumerate(batches(loader), start=1 + first_batch):
                 waited += time.perf_counter() - end
                 moved = batch.to(device)
                 try:
@@ -542,6 +542,23 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
                 sys.exit(128 + stop.signal)
     print(f"best dev rsum {best['rsum']:.1f}: {folder / 'model_best.pth.tar'}")
     return best
+
+
+def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The loader's batches; a loader process that was killed ends the run in one line.
+
+    Raises:
+        InputError: if a loader process died.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a loader process died ({str(error).splitlines()[0]}), for want of memory perhaps: "
+            "go on with --resume, and fewer --workers"
+        ) from error
 
 
 def stop_at(

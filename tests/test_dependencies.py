@@ -1,0 +1,70 @@
+"""The requirements files say what the code imports: no more, no less."""
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions, version
+
+import pytest
+from conftest import ROOT
+
+FILES = ("requirements.txt", "requirements-dev.txt")
+# Declared though no file here imports them.
+NOT_IMPORTED = {
+    "protobuf": "the version tensorboard_logger's generated files need",
+    "pycocotools": "for MS-COCO's own annotation files",
+    "ruff": "a command",
+}
+
+
+def canonical(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def declared(file):
+    lines = (ROOT / file).read_text().splitlines()
+    names = (re.match(r"[A-Za-z0-9_.-]+", line) for line in lines if not line.startswith("#"))
+    return {canonical(match[0]) for match in names if match}
+
+
+def imported(*folders):
+    """The distributions that the files of some folders import."""
+    ours = {
+        file.stem for folder in (".", "scripts", "tests") for file in (ROOT / folder).glob("*.py")
+    }
+    owners, found = packages_distributions(), set()
+    for folder in folders:
+        for file in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [node.module]
+                tops = {name.partition(".")[0] for name in names}
+                for top in tops - ours - set(sys.stdlib_module_names):
+                    assert top in owners, f"{file.name} imports {top}, which is not installed"
+                    found |= {canonical(name) for name in owners[top]}
+    return found
+
+
+def test_what_users_run_imports_what_requirements_txt_declares():
+    assert imported(".", "scripts") <= declared("requirements.txt")
+
+
+def test_what_tests_import_is_declared():
+    assert imported("tests") <= declared("requirements.txt") | declared("requirements-dev.txt")
+
+
+def test_what_is_declared_is_imported():
+    assert declared(FILES[0]) | declared(FILES[1]) == (
+        imported(".", "scripts", "tests") | NOT_IMPORTED.keys()
+    )
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_requirement_has_bounds(file):
+    for line in (ROOT / file).read_text().splitlines():
+        assert re.match(r"[A-Za-z0-9_-]+(==|>=)[0-9]", line), line
+
+
+def test_torch_is_the_tested_one():
+    assert version("torch").partition("+")[0] == "2.13.0"
