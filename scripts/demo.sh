@@ -14,4 +14,3 @@ run=runs/demo
   --save_sims $run/sims.npy --save_metrics $run/metrics.json
 "$python" scripts/visualize.py retrieval --sims $run/sims.npy --data_name scenes_precomp \
   --pictures data/scenes_images/test --out $run/retrieval.png
-echo "what it retrieves: $run/retrieval.png"
