@@ -153,7 +153,7 @@ def main() -> None:
     names = read_ids(ids, len(sims))
     fig = retrieval_figure(sims, captions, names, opt.pictures, opt.queries)
     fig.savefig(opt.out, dpi=110)
-    print(f"{opt.out}")
+    print(f"what it retrieves: {opt.out}")
 
 
 if __name__ == "__main__":
