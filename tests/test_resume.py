@@ -104,6 +104,7 @@ def test_killed_at_some_step_it_goes_on_bitwise(folder, whole, line):
     assert_same_run(folder / FOLDER, whole)
 
 
+@pytest.mark.slow
 def test_killed_with_loader_workers_and_again(folder, whole):
     interrupt(folder, 5, signal.SIGKILL, "--workers", "2")
     code, _, _ = interrupt(folder, 5, signal.SIGKILL, "--workers", "2", "--resume")
@@ -113,6 +114,7 @@ def test_killed_with_loader_workers_and_again(folder, whole):
     assert_same_run(folder / FOLDER, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [2, 5])
 def test_killed_while_a_checkpoint_is_written(folder, whole, nth):
     """Half of the nth file is on the disk when the process dies."""
@@ -140,6 +142,7 @@ torch.save = save
     assert_same_run(folder / FOLDER, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_step_and_saves(folder, whole, number, status):
     code, output, errors = interrupt(folder, 8, number)
@@ -153,6 +156,7 @@ def test_a_signal_ends_the_step_and_saves(folder, whole, number, status):
     assert_same_run(folder / FOLDER, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_checkpoint_is_passed_over(folder, damage):
     interrupt(folder, 8, signal.SIGKILL)

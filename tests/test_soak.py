@@ -63,6 +63,7 @@ def test_scores_all_alike_are_reported_with_a_warning(parts, capsys):
     assert metrics["i2t"]["r1"] <= chance and metrics["t2i"]["r1"] <= chance
 
 
+@pytest.mark.slow
 def test_a_killed_loader_process_ends_the_run_in_one_line(folder):  # noqa: F811
     process = start(folder, "--workers", "2", "--num_epochs", "500")
     for line in process.stdout:
