@@ -7,6 +7,7 @@ from importlib.metadata import packages_distributions, version
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 FILES = ("requirements.txt", "requirements-dev.txt")
 # Declared though no file here imports them.
@@ -64,6 +65,16 @@ def test_what_is_declared_is_imported():
 def test_every_requirement_has_bounds(file):
     for line in (ROOT / file).read_text().splitlines():
         assert re.match(r"[A-Za-z0-9_-]+(==|>=)[0-9]", line), line
+
+
+def test_the_lock_holds_a_version_within_the_bounds_for_every_requirement():
+    lines = (ROOT / "requirements-lock.txt").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if not line.startswith("#"))
+    locked = {canonical(name): number for name, number in locked.items()}
+    for file in FILES:
+        for line in (ROOT / file).read_text().splitlines():
+            wanted = Requirement(line.partition("#")[0])
+            assert wanted.specifier.contains(locked[canonical(wanted.name)]), line
 
 
 def test_torch_is_the_tested_one():

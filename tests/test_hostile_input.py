@@ -448,6 +448,7 @@ BAD_TRAIN = [
     pytest.param("--resume", "model.pth.tar"),
     pytest.param("--resume", "data"),
     pytest.param("--batch_size", "1"),
+    pytest.param("--model_name", "model.pth.tar/below"),
 ]
 
 

@@ -4,20 +4,22 @@ import itertools
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_split
+from conftest import ROOT, write_split
 from test_resume import FOLDER, folder, start  # noqa: F401 (a fixture)
 
-from checkpoint import load_whole, step_files
+from checkpoint import load_whole, save_checkpoint, step_files
 from data import PrecompDataset, train_loader
 from evaluation import evaluate
 from model import LHSC
 from train import train_step
-from vocab import build_from_data
+from vocab import build_from_data, build_vocab
 
 
 @pytest.fixture
@@ -61,6 +63,40 @@ def test_scores_all_alike_are_reported_with_a_warning(parts, capsys):
     assert "the model has collapsed" in capsys.readouterr().err
     chance = 100 * 5 / len(devset)
     assert metrics["i2t"]["r1"] <= chance and metrics["t2i"]["r1"] <= chance
+
+
+@pytest.mark.slow
+def test_evaluation_of_a_test_set_larger_than_its_memory(tmp_path):
+    """2.9 GB of regions (a sparse file), gone through in less than half of that."""
+    shape = (1000, 36, 20_000)
+    (tmp_path / "data/large").mkdir(parents=True)
+    ims = tmp_path / "data/large/test_ims.npy"
+    np.lib.format.open_memmap(ims, "w+", np.float32, shape)[-1, -1, -1] = 1
+    (tmp_path / "data/large/test_caps.txt").write_text("a dog\n" * shape[0])
+    vocab = build_vocab(["a dog"], threshold=1)
+    vocab.save(tmp_path / "vocab/large_vocab.json")
+    sizes = {
+        "img_dim": shape[2], "num_regions": shape[1], "embed_size": 4, "sim_dim": 4, "word_dim": 4,
+        "vocab_size": len(vocab), "num_layers": 1, "bi_gru": True, "graph_layers": 1,
+        "text_layers": 1, "drop_out": 0.0, "embed_dropout": 0.0, "pool_dropout": 0.0,
+        "no_imgnorm": False, "no_txtnorm": False, "padding": "masked",
+    }  # fmt: skip
+    state = LHSC(**sizes).state_dict()
+    opt = sizes | {"data_path": "data", "data_name": "large", "vocab_path": "vocab"}
+    save_checkpoint({"opt": opt, "model": state}, tmp_path / "m.pth.tar")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(ROOT / "evaluation.py"),
+        "--model_path",
+        "m.pth.tar",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE)
+    output = process.stdout.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0 and "1,000 images" in output
+    assert 1024 * usage.ru_maxrss < ims.stat().st_size / 2
 
 
 @pytest.mark.slow
