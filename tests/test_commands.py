@@ -170,7 +170,8 @@ def test_released_options_train_the_released_way(trained):
     folder, _ = trained
     result = run(
         folder, "train.py", *SMALL, "--num_epochs", 1, "--padding", "released",
-        "--val_captions", 23, "--deterministic", "--no-bi_gru", "--no-max_violation", "--no_imgnorm", "--no_txtnorm",
+        "--val_captions", 23, "--deterministic", "--no-bi_gru", "--no-max_violation",
+        "--no_imgnorm", "--no_txtnorm",
         "--graph_layers", 1, "--text_layers", 0, "--model_name", "r/c", "--logger_name", "r/l",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
