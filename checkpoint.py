@@ -263,16 +263,22 @@ def load_whole(path: Path) -> dict:
 
 
 def load_newest(folder: Path) -> tuple[Path, dict]:
-    """The newest state of a run that is whole; damaged ones are passed over with a line each.
+    """The newest state of a run that is whole; damaged ones are set aside, with a line each.
 
     Raises:
         InputError: if there is none.
     """
+    damaged = []
     for file in step_files(folder):
         try:
-            return file, load_whole(file)
+            saved = load_whole(file)
         except InputError as error:
+            damaged.append(file)
             print(f"warning: {error}; going back to the one before", file=sys.stderr)
+            continue
+        for other in damaged:
+            other.rename(other.with_name(other.name + ".damaged"))
+        return file, saved
     raise InputError(f"{folder}: no whole checkpoint_N.pth.tar to resume from")
 
 

@@ -43,6 +43,7 @@ from checkpoint import (
     save_checkpoint,
     set_random_states,
     step_file,
+    step_files,
 )
 from data import Batch, PrecompDataset, find_files, train_loader
 from errors import InputError, one_line
@@ -345,6 +346,13 @@ def resumed(opt: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, d
             f"{path}: holds no {', '.join(sorted(missing))}: only train.py's "
             "checkpoint_STEP.pth.tar can be resumed from"
         )
+    newest = step_files(path.parent)[:1]
+    in_place = Path(given.get("model_name", path.parent)).resolve() == path.parent.resolve()
+    if in_place and newest and newest[0].resolve() != path.resolve():
+        raise InputError(
+            f"{path}: the run went on to {newest[0].name}; resume from its folder, or name a new "
+            "one with --model_name to branch off here"
+        )
     old = saved["opt"]
     for name, value in given.items():
         if name not in MAY_CHANGE and old.get(name) != value:
@@ -457,7 +465,7 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
 
     folder = Path(opt.model_name)
     with lock(folder), Stop() as stop:
-        if not saved:
+        if not saved or not step_file(folder, step).is_file():  # a new run, or a branch of one
             move_aside(folder)
             move_aside(Path(opt.logger_name))
         folder.mkdir(parents=True, exist_ok=True)

@@ -171,6 +171,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, damage):
     assert again.returncode == 0, again.stderr
     assert f"warning: {newest.relative_to(folder)}: damaged" in again.stderr
     assert f"going on from {older.relative_to(folder)}" in again.stdout
+    assert newest.with_name(newest.name + ".damaged").is_file()
 
 
 def test_no_checkpoint_to_resume_from_is_said(folder):
@@ -189,6 +190,20 @@ def test_a_resumed_run_keeps_its_options(folder):
     again = run(folder, "train.py", "--resume", "--num_epochs", "3", "--val_step", "100")
     assert again.returncode == 0, again.stderr
     assert load_checkpoint(folder / FOLDER / "checkpoint_30.pth.tar")["opt"]["sim_dim"] == 8
+
+
+def test_an_older_checkpoint_can_be_branched_off(folder, whole):
+    """Never in place, where newer checkpoints would be lost."""
+    (folder / "runs").mkdir()
+    (folder / "runs/old").symlink_to(whole)
+    older = "runs/old/checkpoint_18.pth.tar"
+    refused(run(folder, "train.py", "--resume", older), older, LAST, "--model_name")
+    branched = run(folder, "train.py", "--resume", older, "--model_name", "runs/branch",
+                   "--logger_name", "runs/log")  # fmt: skip
+    assert branched.returncode == 0, branched.stderr
+    a, b = (load_checkpoint(f / LAST)["model"] for f in (folder / "runs/branch", whole))
+    assert same(a, b)
+    assert [file.name for file in step_files(whole)] == [LAST, "checkpoint_18.pth.tar"]
 
 
 def test_only_the_newest_checkpoints_are_kept(whole):
