@@ -61,6 +61,7 @@ from train import cpu_name, train_step
 from vocab import SPECIAL_TOKENS, Vocabulary
 
 R, IMG_DIM, D, S, WORD_DIM, VOCAB = 36, 2048, 1024, 256, 300, 8481
+N_EVALUATION = 1000  # images of Flickr30K's test split
 PARTS = ("scoring", "training", "encoding", "loading", "scaling", "evaluation")
 
 
@@ -205,7 +206,7 @@ def scoring(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: boo
     for name, way in ways.items():
         peak[name] = peak_memory(lambda name=name, way=way: sims.update({name: way()}), device)
     measured = rounds(
-        3 if quick else 4,
+        3,
         matmul_fp32=matmul(torch.float32, device),
         loop=lambda: clock(ways["loop"], device),
         fp32=lambda: clock(ways["fp32"], device),
@@ -291,7 +292,7 @@ def training(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bo
             "saved_activations": saved_bytes(lambda model=model: forward(model), model),
             "peak_memory": peak_memory(step[name], device),  # Adam's moments are made here, too
         }
-    for _ in range(1 if quick else 3):
+    for _ in range(1 if quick else 2):
         for name in step:
             seconds[name].append(clock(step[name], device))
     for name in step:
@@ -416,7 +417,7 @@ def loading(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: boo
 
 def evaluation(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
     """`python evaluation.py` on a test split of Flickr30K's size: wall time and memory."""
-    n_images = 1000
+    n_images = N_EVALUATION
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         vocab = write_split(folder / "random_precomp", "test", n_images)
@@ -425,7 +426,10 @@ def evaluation(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: 
         opt = {
             "data_path": str(folder), "data_name": "random_precomp",
             "vocab_path": str(folder / "vocab"), "vocab_size": VOCAB, "img_dim": IMG_DIM,
-            "num_regions": R, "embed_size": D, "word_dim": WORD_DIM, "sim_dim": S,
+            "num_regions": R, "embed_size": D, "word_dim": WORD_DIM, "sim_dim": S, "num_layers": 1,
+            "bi_gru": True, "graph_layers": 4, "text_layers": 4, "drop_out": 0.0,
+            "embed_dropout": 0.4, "pool_dropout": 0.4, "no_imgnorm": False, "no_txtnorm": False,
+            "padding": "masked",
         }  # fmt: skip
         checkpoint = {"epoch": 0, "Eiters": 0, "best_rsum": 0.0, "opt": opt}
         save_checkpoint(checkpoint | {"model": ours.state_dict()}, folder / "model.pth.tar")
@@ -625,11 +629,17 @@ def main() -> None:
             start = time.perf_counter()
             result[part.__name__] = part(released, ours, device, opt.quick)
             print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            write(result, opt.json)
     if opt.checkpoints:
         result["precision"] = [precision(path, device) for path in opt.checkpoints]
+    write(result, opt.json)
     print(markdown(result))
-    if opt.json:
-        opt.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def write(result: dict, path: Path | None) -> None:
+    """What has been measured so far."""
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,13 @@ def test_training_and_encoding(small, monkeypatch):
     assert small[1].text_encoder.padding == "released"  # as it was
 
 
+def test_evaluation_is_timed_in_its_own_process(small, monkeypatch):
+    monkeypatch.setattr(benchmark, "N_EVALUATION", 12)
+    result = benchmark.evaluation(*small, CPU, quick=False)
+    assert result["seconds"] > result["encode_seconds"] + result["score_seconds"] > 0
+    assert result["peak_memory"] > 50e6
+
+
 def test_saved_bytes_are_those_kept_for_the_backward_pass():
     layer, x = torch.nn.Linear(10, 10), torch.randn(100, 10)
     saved = benchmark.saved_bytes(lambda: layer(x).tanh().sum(), layer)
