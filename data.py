@@ -4,6 +4,7 @@
                                            each row five times over (older files)
     DATA_PATH/DATA_NAME/{split}_caps.txt   one caption a line, those of an image consecutive
     DATA_PATH/DATA_NAME/{split}_ids.txt    one image id a line (optional)
+    DATA_PATH/DATA_NAME/{split}_boxes.npy  where the regions lie (optional, for pictures only)
 
 Region arrays are memory-mapped and read row by row; captions are tokenised once.
 
@@ -241,6 +242,28 @@ def read_ids(path: Path, n_images: int) -> list[str]:
     if not ids or len(ids) % n_images:
         raise InputError(f"{path}: {len(ids)} ids do not fit {n_images} images")
     return ids[:: len(ids) // n_images]
+
+
+def read_boxes(path: Path, n_images: int, num_regions: int) -> np.ndarray | None:
+    """The boxes of the regions, `{split}_boxes.npy`, memory-mapped: (n_images, R, 4), or None.
+
+    x1 y1 x2 y2, as shares of the picture (all ≤ 1) or in its pixels.
+
+    Raises:
+        InputError: if there is a file, and it is no such array.
+    """
+    if not path.is_file():
+        return None
+    try:
+        boxes = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # whatever numpy's parser says of bytes that are no array
+        raise InputError(f"{path}: not a readable .npy array: {error}") from error
+    if boxes.shape != (n_images, num_regions, 4) or boxes.dtype.kind != "f":
+        raise InputError(
+            f"{path}: expected float boxes ({n_images}, {num_regions}, 4), found {boxes.shape} "
+            f"{boxes.dtype}"
+        )
+    return boxes
 
 
 def pad(captions: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ caption, D joint size (embed_size), S similarity size (sim_dim).
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +143,16 @@ class CaptionBatchNorm(nn.BatchNorm1d):
         self.num_batches_tracked += n_captions
 
 
+class Alignments(NamedTuple):
+    """Of every image with every caption's words, and with the caption as a whole."""
+
+    weights: Tensor  # (B, W, R) of the regions a word attends to; their sum has length 1
+    local: Tensor  # (B, W, S)
+    globl: Tensor  # (B, C, S)
+    local_gate: Tensor  # (B, W); with globl_gate they sum to 1 over a caption
+    globl_gate: Tensor  # (B, C)
+
+
 class SimilarityEncoder(nn.Module):
     """Local and global alignments of every image with every caption, gated into one score."""
 
@@ -173,17 +184,29 @@ class SimilarityEncoder(nn.Module):
         lengths: Tensor,
     ) -> Tensor:
         """(B, R, D), (B, D), (W, D), (C, D), lengths (C,) -> sims (B, C) in (0, 1)."""
+        aligned = self.alignments(region_emb, image_global, word_emb, caption_global, lengths)
+        pooled = GatedSum.apply(aligned.local_gate, aligned.local, owner_of(lengths), len(lengths))
+        sim = l2norm(pooled + aligned.globl_gate.unsqueeze(-1) * aligned.globl)  # (B, C, S)
+        return torch.sigmoid(self.score_fc(sim).squeeze(-1))
+
+    def alignments(
+        self,
+        region_emb: Tensor,
+        image_global: Tensor,
+        word_emb: Tensor,
+        caption_global: Tensor,
+        lengths: Tensor,
+    ) -> Alignments:
+        """All that a score is made of: (B, R, D), (B, D), (W, D), (C, D), lengths (C,)."""
         owner, n_captions = owner_of(lengths), len(lengths)
         weights = self.attention_weights(region_emb, word_emb, owner, n_captions)  # (B, W, R)
         local, local_logits = self.align(weights, region_emb, word_emb, self.local_fc)
         # î − ĉ is one more difference: the image's only region, attended to with weight 1.
-        weights, image_global = image_global.new_ones(1, n_captions, 1), image_global.unsqueeze(1)
-        weights = weights.expand(len(image_global), -1, -1)
-        globl, globl_logits = self.align(weights, image_global, caption_global, self.globl_fc)
+        one, image_global = image_global.new_ones(1, n_captions, 1), image_global.unsqueeze(1)
+        one = one.expand(len(image_global), -1, -1)
+        globl, globl_logits = self.align(one, image_global, caption_global, self.globl_fc)
         local_gate, globl_gate = self.gates(local_logits, globl_logits, lengths, owner)
-        pooled = GatedSum.apply(local_gate, local, owner, n_captions)
-        sim = l2norm(pooled + globl_gate.unsqueeze(-1) * globl)  # (B, C, S)
-        return torch.sigmoid(self.score_fc(sim).squeeze(-1))
+        return Alignments(weights, local, globl, local_gate, globl_gate)
 
     def attention_weights(
         self, region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int

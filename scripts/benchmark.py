@@ -213,7 +213,7 @@ def scoring(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: boo
     for name, way in ways.items():
         peak[name] = peak_memory(lambda name=name, way=way: sims.update({name: way()}), device)
     measured = rounds(
-        3,
+        5,
         matmul_fp32=matmul(torch.float32, device),
         loop=lambda: clock(ways["loop"], device),
         fp32=lambda: clock(ways["fp32"], device),
@@ -389,7 +389,7 @@ def scaling(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: boo
             amount = {"images": n_images, "captions": n_captions, "words": len(captions.word_emb)}
             times[str(amount[what])] = min(
                 clock(lambda i=images, c=captions: list(scorer.tiles(i, c)), device)
-                for _ in range(3)
+                for _ in range(5)
             )
         result[what] = times
     return result

@@ -10,6 +10,8 @@ writes, the same bytes for the same options,
     data/scenes_precomp/{split}_ids.txt               the picture's file name
     data/scenes_precomp/{split}_boxes.npy             float32 (n, 36, 4), x1 y1 x2 y2 in pixels
     data/scenes_precomp/{split}_scenes.jsonl          what was drawn, one JSON object a picture
+    data/scenes_precomp/{split}_features.json         how features are made of other pictures, …
+    data/scenes_precomp/projection.npz                … and the train features' mean and scale
 
 A scene is two groups of objects (one to three of a size, colour and shape) in a relation, at
 times with a third group that stands aside. Every picture has a TWIN: the same groups in another
@@ -555,6 +557,14 @@ def make_scenes(out: Path, seed: int, sizes: dict[str, int]) -> dict:
     made = {split: make_split(out, split, scenes[split], seed) for split in SPLITS}
     mean = made["train"].features.mean(axis=(0, 1), dtype=np.float64)
     std = made["train"].features.std(axis=(0, 1), dtype=np.float64)
+    gain = np.where(np.arange(len(std)) < len(std) - N_PLACE, 1.0, PLACE_GAIN)
+    # What a new picture has to go through: extract_features.py --backbone scenes --project FILE.
+    np.savez(
+        folder / "projection.npz", mean=mean, components=np.diag(gain / (std + 1e-6)), scale=1.0
+    )
+    recipe = {"recipe": {"backbone": "scenes", "grid": GRID, "project": "projection.npz"}}
+    for split in SPLITS:
+        (folder / f"{split}_features.json").write_text(json.dumps(recipe), encoding="utf-8")
     for split, (_, features) in made.items():
         standardised = ((features - mean) / (std + 1e-6)).astype(np.float32)
         standardised[..., -N_PLACE:] *= PLACE_GAIN
