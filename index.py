@@ -70,7 +70,7 @@ class CandidateMap(NamedTuple):
         return torch.cat([mean, mean.square() @ self.c[:, None]], dim=1)
 
     def query(self, mean: Tensor) -> Tensor:
-        """The mean word of a caption, or mean region of an image, to search with: (D,) -> (D+1,)."""
+        """A mean word or mean region to search with: (D,) -> (D+1,)."""
         return torch.cat([-2 * self.c * mean, torch.ones(1)])
 
 

@@ -252,7 +252,7 @@ def page(searcher: Searcher):
         except InputError as error:
             raise gr.Error(str(error)) from error
 
-    def attention(sentence: str, images: list[dict], chosen: gr.SelectData):
+    def attention(sentence: str, images: list[dict], chosen):
         if not sentence.strip():
             return None
         image = images[chosen.index]
@@ -267,6 +267,9 @@ def page(searcher: Searcher):
             plt.close(figure)
             return read_picture(file.name)
 
+    # gradio reads the annotation to see that the click is wanted; here they are kept as text.
+    attention.__annotations__["chosen"] = gr.SelectData
+
     with gr.Blocks(title="LHSC", analytics_enabled=False) as blocks:
         gr.Markdown(f"### {len(searcher.index.ids):,} pictures of {searcher.index.about['data']}")
         with gr.Row():
@@ -280,10 +283,10 @@ def page(searcher: Searcher):
                                 label="answers")  # fmt: skip
                 go = gr.Button("Search", variant="primary", elem_id="go")
         said = gr.Markdown()
-        answers = gr.Gallery(label="Click an answer to see what each word attends to", columns=6,
+        gr.Markdown("Click an answer to see what each word of the sentence attends to.")
+        answers = gr.Gallery(show_label=False, columns=6,
                              elem_id="answers", allow_preview=False, height="auto")  # fmt: skip
-        shown = gr.Image(label="What each word attends to", elem_id="attention",
-                         interactive=False)  # fmt: skip
+        shown = gr.Image(show_label=False, elem_id="attention", interactive=False)  # fmt: skip
         images = gr.State([])
         outputs = [answers, images, said, shown]
         gr.on([go.click, sentence.submit], search, [sentence, picture, top], outputs)

@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 from conftest import ROOT
-from search_index import SENTENCE, demo_index
+from test_search import SENTENCE, demo_index, scores
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -45,6 +45,7 @@ def page(tmp_path_factory):
         browser = p.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
         page = browser.new_page()
         page.goto(url)
+        page.folder = folder
         yield page
         browser.close()
     server.terminate()
@@ -58,7 +59,9 @@ def test_type_a_sentence_see_the_right_picture_first_click_it_see_attention(page
     page.locator("#go").click()
     first = page.locator("#answers .gallery-item, #answers .thumbnail-item").first
     first.wait_for(timeout=30_000)
-    assert "picture7" in first.inner_text()
+    best = int(scores(page.folder, SENTENCE).argmax())
+    names = (page.folder / "data/mine/test_ids.txt").read_text().split()
+    assert names[best] in first.inner_text()
     first.click()
     shown = page.locator("#attention img")
     shown.wait_for(timeout=30_000)
