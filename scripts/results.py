@@ -1,4 +1,4 @@
-"""The README's tables of results and of speed, made from logs.
+"""The README's tables of results, of speed and of search, made from logs.
 
     python scripts/results.py            # print the tables
     python scripts/results.py --write    # put them into the README
@@ -6,7 +6,7 @@
 
 A run is a folder of `results/` that holds `metrics.jsonl` (as train.py wrote it) and `test.json`
 (as `evaluation.py --save_metrics` wrote it); its name is the row's. A file of `results/speed/` is
-what `benchmark.py --json` wrote on one machine.
+what `benchmark.py --json` wrote on one machine; of `results/search/`, `benchmark_search.py --json`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-from benchmark import markdown
+import benchmark
+import benchmark_search
 
 from errors import InputError, one_line
 
@@ -79,14 +81,15 @@ def table(folder: Path) -> str:
     return "\n".join([HEAD, *map(row, runs)])
 
 
-def speed(folder: Path) -> str:
+def figures(folder: Path, markdown: Callable[[dict], str]) -> str:
+    """The tables of all files that a benchmark's --json wrote into a folder."""
     files = sorted(folder.glob("*.json"))
     if not files:
-        raise InputError(f"{folder}: no figures here (files of benchmark.py --json)")
+        raise InputError(f"{folder}: no figures here (files of a benchmark's --json)")
     try:
         return "\n\n".join(markdown(json.loads(file.read_text("utf-8"))) for file in files)
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: not benchmark.py's figures ({error!r})") from error
+        raise InputError(f"{folder}: not a benchmark's figures ({error!r})") from error
 
 
 def fill(text: str, name: str, content: str, where: Path) -> str:
@@ -106,7 +109,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into the README")
     parser.add_argument("--check", action="store_true", help="compare with the README")
     opt = parser.parse_args()
-    tables = {"results": table(opt.results), "speed": speed(opt.results / "speed")}
+    tables = {
+        "results": table(opt.results),
+        "speed": figures(opt.results / "speed", benchmark.markdown),
+        "search": figures(opt.results / "search", benchmark_search.markdown),
+    }
     text = made = opt.readme.read_text(encoding="utf-8")
     for name, content in tables.items():
         made = fill(made, name, content, opt.readme)

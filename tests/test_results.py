@@ -29,10 +29,18 @@ def results(tmp_path):
     }
     (tmp_path / "results" / "speed").mkdir()
     (tmp_path / "results" / "speed" / "cpu.json").write_text(json.dumps(figures))
+    seconds = {"all": 0.034, "encode": 0.004, "candidates": 0.01}
+    timed = {"n_images": 9000, "bytes": 2e9, "build_seconds": 7, "seconds": seconds}
+    ways = {way: {"10": {"r1": 1.0, "r10": 2.0, "top10_kept": 30}} for way in ("product", "cosine")}
+    recall = {"data": "X test", "all": {"r1": 3.0, "r10": 4.0}} | ways
+    searched = {"machine": {"device": "a CPU", "threads": 2}, "recall": [recall], "time": [timed]}
+    (tmp_path / "results" / "search").mkdir()
+    (tmp_path / "results" / "search" / "cpu.json").write_text(json.dumps(searched))
     readme = tmp_path / "README.md"
     readme.write_text(
         "head\n<!-- results: begin -->\nold\n<!-- results: end -->\nbetween\n"
-        "<!-- speed: begin -->\nold\n<!-- speed: end -->\ntail\n"
+        "<!-- speed: begin -->\nold\n<!-- speed: end -->\n"
+        "<!-- search: begin -->\nold\n<!-- search: end -->\ntail\n"
     )
     return tmp_path
 
@@ -49,6 +57,8 @@ def test_the_table_is_written_and_checked(results):
     assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
     assert "\nbetween\n" in text
     assert "| training step, batch 128, here | 1.50 s | 2.50× | 4.00 GB saved" in text
+    assert "| 9,000 | 2.00 GB | 7 s | 34 ms | 4 ms | 10 ms | 20 ms |" in text
+    assert "| 1.0 / 2.0 (30 %) | – | – | – | – | 3.0 / 4.0 |" in text
     assert ("| a run | X 1K | 10.0 / 20.0 / 30.0 | 10.0 / 20.0 / 30.0 | **120.1** | 100.0 "
             "| 2, 1.1 h | a CPU, 2 threads | 3 |") in text  # fmt: skip
     assert command(results, "--check").returncode == 0
