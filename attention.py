@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed import BatchNorm1d
+
 EPS = 1e-8
 SHARPNESS = 9.0  # of the softmax over regions
 
@@ -110,9 +112,9 @@ class RegionPooling(nn.Module):
     def __init__(self, embed_size: int, num_regions: int, dropout: float) -> None:
         super().__init__()
         self.local = nn.Linear(embed_size, embed_size)
-        self.local_bn = nn.BatchNorm1d(num_regions)
+        self.local_bn = BatchNorm1d(num_regions)
         self.globl = nn.Linear(embed_size, embed_size)
-        self.globl_bn = nn.BatchNorm1d(embed_size)
+        self.globl_bn = BatchNorm1d(embed_size)
         self.common = nn.Linear(embed_size, 1)
         self.dropout = nn.Dropout(dropout)
         init_xavier(self)

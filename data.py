@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import distributed
 from errors import InputError
 from vocab import Vocabulary, read_captions
 
@@ -194,10 +195,11 @@ class PrecompDataset(Dataset):
         image = index // self.captions_per_image
         return self.image(image), self.words(index), image, index
 
-    def image_blocks(self, size: int) -> Iterator[Tensor]:
-        """Every image once, in order: (≤ size, R, img_dim) at a time."""
-        for start in range(0, self.n_images, size):
-            stop = min(start + size, self.n_images)
+    def image_blocks(self, size: int, images: slice | None = None) -> Iterator[Tensor]:
+        """All images or some, each once, in order: (≤ size, R, img_dim) at a time."""
+        images = images or slice(0, self.n_images)
+        for start in range(images.start, images.stop, size):
+            stop = min(start + size, images.stop)
             rows = slice(start * self.row_step, stop * self.row_step, self.row_step)
             yield torch.from_numpy(self.regions[rows])
 
@@ -288,24 +290,30 @@ class ShuffledBatches:
 
     An epoch may start in its middle: its first `start` batches are then left out.
 
-    A last batch of one example is left out: it has no negative, and no batch statistics.
+    A last batch of one example is left out: it has no negative, and no batch statistics. Of several
+    processes each gets its share of a batch, longest captions first as `collate` has them; a last
+    batch that has not one example for each is left out.
+
+    lengths: words of each example's caption.
     """
 
-    def __init__(self, n_examples: int, batch_size: int, seed: int) -> None:
-        self.n_examples, self.batch_size, self.seed = n_examples, batch_size, seed
+    def __init__(self, lengths: Tensor, batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return (self.n_examples + self.batch_size - 2) // self.batch_size
+        whole, rest = divmod(len(self.lengths), self.batch_size)
+        return whole + (rest >= max(2, distributed.size()))
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.n_examples, generator=generator)
+        order = torch.randperm(len(self.lengths), generator=generator)
         for batch in order.split(self.batch_size)[self.start : len(self)]:
-            yield batch.tolist()
+            batch = batch[self.lengths[batch].argsort(descending=True, stable=True)]
+            yield batch[distributed.share(len(batch))].tolist()
 
 
 def train_loader(
@@ -317,7 +325,7 @@ def train_loader(
     """
     return DataLoader(
         dataset,
-        batch_sampler=ShuffledBatches(len(dataset), batch_size, seed),
+        batch_sampler=ShuffledBatches(dataset.lengths, batch_size, seed),
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,

@@ -35,5 +35,5 @@ def one_line(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _complain(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return 2

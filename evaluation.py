@@ -5,6 +5,8 @@
         --data_name coco_precomp --split testall --fold5        # COCO 1K, five folds
     python evaluation.py --model_path A.pth.tar B.pth.tar       # an ensemble: mean of the scores
 
+    torchrun --nproc_per_node 4 evaluation.py …                 # several GPUs: distributed.py
+
 Everything not named is taken from the checkpoint.
 """
 
@@ -21,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import distributed
 from attention import owner_of
 from checkpoint import load_checkpoint, model_from
 from data import PrecompDataset
@@ -60,6 +63,9 @@ def select_device(name: str) -> torch.device:
 
 def progress(items: Iterable, total: int, what: str) -> Iterator:
     """A bar on a terminal; elsewhere a plain line at every quarter of work over 10 seconds."""
+    if not distributed.is_first():
+        yield from items
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -76,11 +82,15 @@ def progress(items: Iterable, total: int, what: str) -> Iterator:
 
 @torch.inference_mode()
 def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) -> EncodedImages:
-    """Every image of the split, each once."""
-    blocks = dataset.image_blocks(ENCODE_BATCH)
-    total = -(-dataset.n_images // ENCODE_BATCH)
+    """Every image of the split, each once; of several processes each has its share of them."""
+    rows = distributed.share(dataset.n_images)
+    blocks = dataset.image_blocks(ENCODE_BATCH, rows)
+    total = -(-(rows.stop - rows.start) // ENCODE_BATCH)
     encoder = model.image_encoder.folded()
-    regions, images = [], []
+    D = model.image_encoder.fc.out_features
+    R = model.similarity.region_pooling.local_bn.num_features
+    regions = [torch.empty(0, R, D, device=device)]  # a share may be empty
+    images = [torch.empty(0, D, device=device)]
     for block in progress(blocks, total, "encoding images"):
         regions.append(encoder(block.to(device)))
         images.append(model.similarity.region_pooling(regions[-1]))
@@ -91,23 +101,27 @@ def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) ->
 def encode_captions(model: LHSC, dataset: PrecompDataset, device: torch.device) -> EncodedCaptions:
     """Every caption of the split, 100 at a time: similar lengths together, which pads little.
 
-    With the released padding, where it matters which captions share a batch, in file order.
+    With the released padding, where it matters which captions share a batch, in file order. Of
+    several processes each encodes its share of the batches, and all have all captions.
     """
     lengths = dataset.lengths
     in_file_order = model.text_encoder.padding == "released"
     order = torch.arange(len(lengths)) if in_file_order else lengths.argsort(stable=True)
     start = (lengths.cumsum(0) - lengths).to(device)  # of each caption's words
-    word_emb = caption_global = None
-    blocks = dataset.caption_blocks(order, ENCODE_BATCH)
-    for captions, n, block in progress(blocks, -(-len(order) // ENCODE_BATCH), "encoding captions"):
+    size = model.image_encoder.fc.out_features
+    word_emb = torch.zeros(int(lengths.sum()), size, device=device)
+    caption_global = torch.zeros(len(lengths), size, device=device)
+    n_blocks = -(-len(order) // ENCODE_BATCH)
+    mine = distributed.share(n_blocks)
+    order = order[mine.start * ENCODE_BATCH : mine.stop * ENCODE_BATCH]
+    blocks = dataset.caption_blocks(order, ENCODE_BATCH) if len(order) else ()
+    for captions, n, block in progress(blocks, mine.stop - mine.start, "encoding captions"):
         captions, n, block = captions.to(device), n.to(device), block.to(device)
         words = model.text_encoder(captions, n)
-        if word_emb is None:
-            word_emb = words.new_empty(int(lengths.sum()), words.shape[1])
-            caption_global = words.new_empty(len(lengths), words.shape[1])
         within = torch.arange(len(words), device=device) - (n.cumsum(0) - n)[owner_of(n)]
         word_emb[start[block][owner_of(n)] + within] = words
         caption_global[block] = model.similarity.word_pooling(words, n)
+    word_emb, caption_global = distributed.total(word_emb), distributed.total(caption_global)
     return EncodedCaptions(word_emb, caption_global, lengths.to(device))
 
 
@@ -123,6 +137,8 @@ def score(
     """
     scorer = Scorer(model.similarity, dtype)
     sims = np.empty((len(images.image_global), len(captions.lengths)), dtype=np.float32)
+    if not sims.size:
+        return sims
     n_tiles = len(scorer.chunks(captions))
     for chunk, tile in progress(scorer.tiles(images, captions), n_tiles, "scoring"):
         sims[:, chunk] = tile.cpu().numpy()
@@ -156,7 +172,8 @@ def evaluate(
     """Metrics of one model, or of several by the mean of their scores, and the score matrix.
 
     With `fold5` only the folds' own blocks are scored, a fifth of the work, unless `whole`; then
-    no matrix is returned.
+    no matrix is returned. Of several processes each scores its share of the images; the first ranks
+    them and has the matrix, all return the metrics.
 
     Raises:
         InputError: if a score is not finite.
@@ -168,11 +185,14 @@ def evaluate(
     for model in models:
         images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
         sims = [
-            score(model, images.rows(i), captions.rows(c), PRECISIONS[precision]) for i, c in wanted
+            score(model, images.rows(mine(i, dataset)), captions.rows(c), PRECISIONS[precision])
+            for i, c in wanted
         ]
         totals = sims if not totals else [a + b for a, b in zip(totals, sims, strict=True)]
         del images, captions
-    blocks = [total / np.float32(len(models)) for total in totals]
+    blocks = [distributed.to_first(total / np.float32(len(models))) for total in totals]
+    if not distributed.is_first():
+        return distributed.from_first(None), None
     matrix = blocks[0] if wanted == [everything] else None
     if fold5 and matrix is not None:
         blocks = [matrix[i, c] for i, c in folds]
@@ -185,11 +205,20 @@ def evaluate(
     image_of_caption = dataset.image_of_caption
     try:
         if not fold5:
-            return retrieval_metrics(blocks[0], image_of_caption), matrix
-        first = image_of_caption[folds[0][1]]
-        return mean_metrics([retrieval_metrics(block, first) for block in blocks]), matrix
+            metrics = retrieval_metrics(blocks[0], image_of_caption)
+        else:
+            first = image_of_caption[folds[0][1]]
+            metrics = mean_metrics([retrieval_metrics(block, first) for block in blocks])
     except ValueError as error:
         raise InputError(f"{dataset.name} {dataset.split}: {error}") from error
+    return distributed.from_first(metrics), matrix
+
+
+def mine(rows: slice, dataset: PrecompDataset) -> slice:
+    """Those of some images that this process has encoded, counted from its first."""
+    own = distributed.share(dataset.n_images)
+    start = min(max(rows.start, own.start), own.stop)
+    return slice(start - own.start, max(start, min(rows.stop, own.stop)) - own.start)
 
 
 def protocol(data_name: str, split: str, n_images: int, fold5: bool) -> str:
@@ -250,7 +279,7 @@ def run(opt: argparse.Namespace) -> dict:
     for target in (opt.save_sims, opt.save_metrics):
         if target is not None and not Path(target).absolute().parent.is_dir():
             raise InputError(f"{target}: the folder to write into does not exist")
-    device = select_device(opt.device)
+    device = distributed.start(select_device(opt.device))
     paths = [opt.model_path] if isinstance(opt.model_path, str | Path) else opt.model_path
     loaded = [load(path, opt) for path in paths]
     models = [model.to(device) for model, _, _ in loaded]
@@ -275,6 +304,8 @@ def run(opt: argparse.Namespace) -> dict:
         opt.precision,
     )
     name = protocol(dataset.name, dataset.split, dataset.n_images, opt.fold5)
+    if not distributed.is_first():
+        return metrics
     members = f", ensemble of {len(models)}" if len(models) > 1 else ""
     print(f"{name} ({dataset.n_images:,} images, {len(dataset):,} captions{members})")
     print(report(metrics), flush=True)
@@ -360,7 +391,8 @@ def evalrank(
 
 @one_line
 def main() -> None:
-    run(options().parse_args())
+    with distributed.together():
+        run(options().parse_args())
 
 
 if __name__ == "__main__":

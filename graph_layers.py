@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed import BatchNorm1d
+
 
 class GraphLayer(nn.Module):
     """One graph convolution over the fully connected, learned graph of an image's regions.
@@ -37,7 +39,7 @@ class GraphLayer(nn.Module):
         self.fc2 = nn.Linear(embed_size, embed_size)
         self.g = nn.Linear(embed_size, embed_size)
         self.w = nn.Linear(embed_size, embed_size)
-        self.bn = nn.BatchNorm1d(embed_size)
+        self.bn = BatchNorm1d(embed_size)
         nn.init.zeros_(self.bn.weight)
 
     def products(self) -> Products:

@@ -30,6 +30,7 @@ from attention import (
     safe_sqrt,
     segment_sum,
 )
+from distributed import gather, total
 from graph_layers import RegionGraph
 
 
@@ -106,9 +107,9 @@ class TextEncoder(nn.Module):
 class CaptionBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d(1) as the released loop calls it: once per caption, in caption order.
 
-    The statistics are those of one caption's gates over all images of the batch, n = B·(L+1)
-    numbers; pooling them over captions would train another model. A step moves the running
-    buffers C times, which has a closed form: (1−m)^C old + Σ_i m (1−m)^(C−1−i) statistic_i.
+    The statistics are those of one caption's gates over all images of the batch (of all processes),
+    n = B·(L+1) numbers; pooling them over captions would train another model. A step moves the
+    running buffers C times, which has a closed form: (1−m)^C old + Σ_i m (1−m)^(C−1−i) statistic_i.
     """
 
     def __init__(self) -> None:
@@ -117,12 +118,13 @@ class CaptionBatchNorm(nn.BatchNorm1d):
     def forward(self, local: Tensor, globl: Tensor, lengths: Tensor, owner: Tensor):
         """local (B, W), globl (B, C), lengths (C,), owner (W,) -> the same two, normalised."""
         if self.training:
-            n = local.shape[0] * (lengths + 1)  # (C,)
+            n = total(lengths.new_tensor(len(local))) * (lengths + 1)  # (C,)
             n_captions = len(lengths)
-            total = segment_sum(local.sum(0), owner, n_captions, dim=0) + globl.sum(0)
-            mean = total / n
+            gates = segment_sum(local.sum(0), owner, n_captions, dim=0) + globl.sum(0)
+            mean = total(gates) / n
             squares = (local - mean[owner]).square().sum(0)
             squares = segment_sum(squares, owner, n_captions, 0) + (globl - mean).square().sum(0)
+            squares = total(squares)
             var = squares / n
             self._move_buffers(mean.detach(), (squares / (n - 1)).detach())
             scale = self.weight * (var + self.eps).rsqrt()
@@ -170,9 +172,15 @@ class SimilarityEncoder(nn.Module):
         init_xavier(self)
 
     def forward(self, region_emb: Tensor, word_emb: Tensor, lengths: Tensor) -> Tensor:
-        """region_emb (B, R, D), word_emb (W, D), lengths (C,) -> sims (B, C)."""
+        """region_emb (B, R, D), word_emb (W, D), lengths (C,) -> sims (B, C).
+
+        In a training of several processes C are the captions of all of them.
+        """
         image_global = self.region_pooling(region_emb)  # (B, D)
         caption_global = self.word_pooling(word_emb, lengths)  # (C, D)
+        if self.training:
+            word_emb, caption_global = gather(word_emb), gather(caption_global)
+            lengths = gather(lengths)
         return self.score(region_emb, image_global, word_emb, caption_global, lengths)
 
     def score(

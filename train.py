@@ -10,6 +10,8 @@ aside.
 
     python train.py --resume                            # goes on where ./runs/LHSC was stopped
     python train.py --resume runs/mine/checkpoint       # or another run, or one checkpoint_STEP
+
+    torchrun --nproc_per_node 4 train.py …              # on several GPUs: distributed.py
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
+import distributed
 from checkpoint import (
     MODEL_OPTIONS,
     keep_newest,
@@ -46,6 +49,7 @@ from checkpoint import (
     step_files,
 )
 from data import Batch, PrecompDataset, find_files, train_loader
+from distributed import collect, say, sum_gradients
 from errors import InputError, one_line
 from evaluation import evaluate, report, select_device
 from model import LHSC, triplet_loss
@@ -168,6 +172,12 @@ def rate(text: str) -> float:
     return float(text)
 
 
+def reseed(seed: int, step: int) -> None:
+    """Of several processes each draws dropout of its own; one alone goes on as it is."""
+    if distributed.size() > 1:
+        torch.manual_seed((seed * 1_000_003 + step) * 1_009 + 1 + distributed.rank())
+
+
 class NotFinite(ArithmeticError):
     """The loss or the gradient of a step is infinite or not a number; nothing was updated."""
 
@@ -185,10 +195,11 @@ def train_step(
     Raises:
         NotFinite: before the weights are touched.
     """
-    sims = model(batch.images, batch.captions, batch.lengths)  # (B, B)
+    sims = collect(model(batch.images, batch.captions, batch.lengths))  # (B, B)
     loss = triplet_loss(sims, margin, max_violation)
     optimizer.zero_grad()
     loss.backward()
+    sum_gradients(model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
     if not torch.isfinite(loss + norm):
         raise NotFinite(f"loss {loss.item()}, gradient norm {norm.item()}")
@@ -309,7 +320,7 @@ def move_aside(folder: Path) -> None:
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(target)
-    print(f"{folder} holds an earlier run: moved to {target}")
+    say(f"{folder} holds an earlier run: moved to {target}")
 
 
 def load_vocabulary(opt: argparse.Namespace) -> Vocabulary:
@@ -318,9 +329,10 @@ def load_vocabulary(opt: argparse.Namespace) -> Vocabulary:
     if path.is_file():
         return Vocabulary.load(path)
     vocab = build_from_data(opt.data_path, opt.data_name)
-    vocab.save(path)
-    print(f"{path}: not found, built from the train and dev captions ({len(vocab)} words) and "
-          f"saved; a released checkpoint needs the released file instead")  # fmt: skip
+    if distributed.is_first():
+        vocab.save(path)
+    say(f"{path}: not found, built from the train and dev captions ({len(vocab)} words) and "
+        f"saved; a released checkpoint needs the released file instead")  # fmt: skip
     return vocab
 
 
@@ -339,8 +351,11 @@ def resumed(opt: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, d
     Raises:
         InputError: if there is no run to resume, or an option given contradicts it.
     """
-    path = Path(opt.resume or opt.model_name)
-    path, saved = (path, load_whole(path)) if path.is_file() else load_newest(path)
+    path, saved = Path(opt.resume or opt.model_name), None
+    if distributed.is_first():
+        path, saved = (path, load_whole(path)) if path.is_file() else load_newest(path)
+    path = Path(str(distributed.from_first(str(path))))
+    saved = saved or load_whole(path)
     if missing := {"optimizer", "schedule", "random", "batch", "vocab"} - saved.keys():
         raise InputError(
             f"{path}: holds no {', '.join(sorted(missing))}: only train.py's "
@@ -363,7 +378,7 @@ def resumed(opt: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, d
     now = vars(opt) | old | given
     if "model_name" not in given:
         now["model_name"] = str(path.parent)
-    print(f"going on from {path}: epoch {saved['epoch']}, batch {saved['batch']}", flush=True)
+    say(f"going on from {path}: epoch {saved['epoch']}, batch {saved['batch']}")
     return argparse.Namespace(**now), saved
 
 
@@ -399,6 +414,10 @@ class Stop:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
+    def agree(self, device: torch.device) -> None:
+        """Signals reach processes at different times: all stop after the same step."""
+        self.signal = distributed.largest(self.signal, device)
+
     def _note(self, number: int, frame: object) -> None:
         if self.signal:
             raise KeyboardInterrupt
@@ -417,7 +436,11 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
         InputError: for anything wrong with the files or the options, before anything is written.
         SystemExit: 130 after SIGINT, 143 after SIGTERM, when the step is done and saved.
     """
-    device = select_device(opt.device)
+    device = distributed.start(select_device(opt.device))
+    if opt.batch_size < distributed.size():
+        raise InputError(
+            f"--batch_size {opt.batch_size}: fewer examples than the {distributed.size()} processes"
+        )
     if opt.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -436,9 +459,10 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
     devset = PrecompDataset(
         opt.data_path, opt.data_name, "dev", vocab, opt.img_dim, opt.num_regions, opt.val_captions
     )
-    print(f"{opt.data_name}: train {trainset.n_images:,} images, {len(trainset):,} captions; "
-          f"dev {devset.n_images:,}, {len(devset):,}; {opt.num_regions} regions × {opt.img_dim}; "
-          f"{len(vocab):,} words")  # fmt: skip
+    processes = f"; {distributed.size()} processes" if distributed.size() > 1 else ""
+    say(f"{opt.data_name}: train {trainset.n_images:,} images, {len(trainset):,} captions; "
+        f"dev {devset.n_images:,}, {len(devset):,}; {opt.num_regions} regions × {opt.img_dim}; "
+        f"{len(vocab):,} words{processes}")  # fmt: skip
 
     random.seed(opt.seed)
     np.random.seed(opt.seed)
@@ -452,24 +476,32 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
     if not len(loader):
         raise InputError(f"{opt.data_path}/{opt.data_name}: {len(trainset)} captions make no batch")
 
+    reseed(opt.seed, 0)
     first_epoch, first_batch, step, validated, losses, logged = 0, 0, 0, 0, 0.0, 0
     best: dict = {"rsum": -1.0}
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
-        set_random_states(saved["random"])
+        if len(saved["random"]) == distributed.size():
+            set_random_states(saved["random"][distributed.rank()])
+        else:
+            say(f"saved by {len(saved['random'])} processes, going on with {distributed.size()}: "
+                "dropout draws other numbers than it would have")  # fmt: skip
+            reseed(opt.seed, saved["Eiters"])
         first_epoch, first_batch, step = saved["epoch"], saved["batch"], saved["Eiters"]
         validated, losses, logged = saved["validated"], saved["loss_sum"], saved["logged"]
         best = {"rsum": saved["best_rsum"]}
 
     folder = Path(opt.model_name)
-    with lock(folder), Stop() as stop:
-        if not saved or not step_file(folder, step).is_file():  # a new run, or a branch of one
+    first = distributed.is_first()  # it alone writes
+    with lock(folder) if first else contextlib.nullcontext(), Stop() as stop:
+        if first and (not saved or not step_file(folder, step).is_file()):  # new, or a branch
             move_aside(folder)
             move_aside(Path(opt.logger_name))
-        folder.mkdir(parents=True, exist_ok=True)
-        log = RunLog(folder, opt.logger_name, describe(opt, device), after=step)
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            log = RunLog(folder, opt.logger_name, describe(opt, device), after=step)
 
         def state(epoch: int, **others: object) -> dict:
             return {
@@ -481,11 +513,12 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
             """All that is needed to go on from here."""
             going_on = {
                 "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                "random": random_states(), "batch": batch, "validated": validated,
-                "loss_sum": losses, "logged": logged,
+                "random": distributed.of_all(random_states()), "batch": batch,
+                "validated": validated, "loss_sum": losses, "logged": logged,
             }  # fmt: skip
-            save_checkpoint(state(epoch, **going_on), step_file(folder, step))
-            keep_newest(folder, opt.keep)
+            if first:
+                save_checkpoint(state(epoch, **going_on), step_file(folder, step))
+                keep_newest(folder, opt.keep)
 
         def validate(epoch: int) -> None:
             nonlocal best, validated
@@ -495,9 +528,10 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
             metrics, _ = evaluate([model.eval()], devset, device)
             model.train()
             is_best = metrics["rsum"] > best["rsum"]
-            log.dev(epoch, step, metrics, is_best)
-            if is_best:
-                best = metrics
+            best = metrics if is_best else best
+            if first:
+                log.dev(epoch, step, metrics, is_best)
+            if first and is_best:
                 save_checkpoint(state(epoch), folder / "model_best.pth.tar")
 
         for epoch in range(first_epoch, opt.num_epochs):
@@ -518,7 +552,8 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
                 end = time.perf_counter()
                 if step % opt.log_step == 0 or i == len(loader):
                     mean = losses / (step - logged)
-                    log.train(
+                    if first:
+                        log.train(
                         {
                             "epoch": epoch, "step": step, "loss": mean,
                             "lr": schedule.get_last_lr()[0],
@@ -527,16 +562,17 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
                         },
                         f"epoch {epoch} [{i}/{len(loader)}]",
                     )  # fmt: skip
-                    if i < len(loader) and collapsed(mean, opt, hardest):
+                    if first and i < len(loader) and collapsed(mean, opt, hardest):
                         log.once(COLLAPSED)
                     losses, logged, waited, timed = 0.0, step, 0.0, step
                     clock = time.perf_counter()
                 if step % opt.val_step == 0:
                     validate(epoch)
+                stop.agree(device)
                 if stop.signal or (step % opt.save_step == 0 and i < len(loader)):
                     save(epoch, i)
                 if stop.signal:
-                    print(f"stopped at step {step}; to go on: python train.py --resume {folder}")
+                    say(f"stopped at step {step}; to go on: python train.py --resume {folder}")
                     sys.exit(128 + stop.signal)
                 if step % opt.val_step == 0 or step % opt.save_step == 0:
                     waited, timed = 0.0, step
@@ -545,10 +581,11 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
             schedule.step()
             validate(epoch)
             save(epoch + 1, 0)
+            stop.agree(device)
             if stop.signal:
-                print(f"stopped at step {step}; to go on: python train.py --resume {folder}")
+                say(f"stopped at step {step}; to go on: python train.py --resume {folder}")
                 sys.exit(128 + stop.signal)
-    print(f"best dev rsum {best['rsum']:.1f}: {folder / 'model_best.pth.tar'}")
+    say(f"best dev rsum {best['rsum']:.1f}: {folder / 'model_best.pth.tar'}")
     return best
 
 
@@ -575,10 +612,12 @@ def stop_at(
     """Say what is needed to replay a step that came to nothing, and end the run."""
     report = {
         "error": str(error), "epoch": epoch, "step": step + 1, "lr": lr,
-        "image_index": batch.image_index.tolist(), "caption_index": batch.caption_index.tolist(),
+        "image_index": distributed.gather_rows(batch.image_index).tolist(),
+        "caption_index": distributed.gather_rows(batch.caption_index).tolist(),
     }  # fmt: skip
     path = folder / "not_finite.json"
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if distributed.is_first():
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     raise InputError(
         f"step {step + 1} (epoch {epoch}, learning rate {lr:.1e}): {error}; its images "
         f"and captions are named in {path}, the weights were left alone. Try a smaller "
@@ -597,9 +636,11 @@ def given_options(arguments: list[str] | None = None) -> dict:
 @one_line
 def main() -> None:
     opt, saved = options().parse_args(), None
-    if opt.resume is not None:
-        opt, saved = resumed(opt, given_options())
-    train(opt, saved)
+    with distributed.together():
+        distributed.start(select_device(opt.device))
+        if opt.resume is not None:
+            opt, saved = resumed(opt, given_options())
+        train(opt, saved)
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def random_dataset(n_images: int, n_captions: int) -> SimpleNamespace:
 
     return SimpleNamespace(
         n_images=n_images, images=images, captions=captions, lengths=lengths,
-        image_blocks=images.split, caption_blocks=caption_blocks,
+        image_blocks=lambda size, rows: images[rows].split(size), caption_blocks=caption_blocks,
     )  # fmt: skip
 
 

@@ -101,17 +101,17 @@ def test_a_batch(tiny, vocab, workers):
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    batches = ShuffledBatches(100, 32, seed=5)
+    batches = ShuffledBatches(torch.ones(100), 32, seed=5)
     first = list(batches)
     assert list(batches) == first
     batches.set_epoch(1)
     assert list(batches) != first
-    assert list(ShuffledBatches(100, 32, seed=6)) != first
+    assert list(ShuffledBatches(torch.ones(100), 32, seed=6)) != first
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 34, 64, 65])
 def test_no_batch_of_one(n):
-    batches = ShuffledBatches(n, 32, seed=0)
+    batches = ShuffledBatches(torch.ones(n), 32, seed=0)
     sizes = [len(batch) for batch in batches]
     assert len(sizes) == len(batches) and all(size > 1 for size in sizes)
     assert n - sum(sizes) == (n % 32 == 1)
