@@ -1,4 +1,4 @@
-"""The README's tables of results, of speed and of search, made from logs.
+"""The README's tables of results, speed, search and several processes, made from logs.
 
     python scripts/results.py            # print the tables
     python scripts/results.py --write    # put them into the README
@@ -6,7 +6,8 @@
 
 A run is a folder of `results/` that holds `metrics.jsonl` (as train.py wrote it) and `test.json`
 (as `evaluation.py --save_metrics` wrote it); its name is the row's. A file of `results/speed/` is
-what `benchmark.py --json` wrote on one machine; of `results/search/`, `benchmark_search.py --json`.
+what `benchmark.py --json` wrote on one machine; of `results/search/` and `results/distributed/`,
+`benchmark_search.py --json` and `benchmark_distributed.py --json`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import benchmark
+import benchmark_distributed
 import benchmark_search
 
 from errors import InputError, one_line
@@ -112,6 +114,7 @@ def main() -> None:
     tables = {
         "results": table(opt.results),
         "speed": figures(opt.results / "speed", benchmark.markdown),
+        "distributed": figures(opt.results / "distributed", benchmark_distributed.markdown),
         "search": figures(opt.results / "search", benchmark_search.markdown),
     }
     text = made = opt.readme.read_text(encoding="utf-8")

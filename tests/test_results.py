@@ -36,10 +36,15 @@ def results(tmp_path):
     searched = {"machine": {"device": "a CPU", "threads": 2}, "recall": [recall], "time": [timed]}
     (tmp_path / "results" / "search").mkdir()
     (tmp_path / "results" / "search" / "cpu.json").write_text(json.dumps(searched))
+    shared = {"machine": {"device": "a CPU", "cpu": True, "torch": "2.0"}, "batch_size": 64,
+              "runs": [{"processes": n, "seconds": 8.0 / n} for n in (1, 2)]}  # fmt: skip
+    (tmp_path / "results" / "distributed").mkdir()
+    (tmp_path / "results" / "distributed" / "cpu.json").write_text(json.dumps(shared))
     readme = tmp_path / "README.md"
     readme.write_text(
         "head\n<!-- results: begin -->\nold\n<!-- results: end -->\nbetween\n"
         "<!-- speed: begin -->\nold\n<!-- speed: end -->\n"
+        "<!-- distributed: begin -->\nold\n<!-- distributed: end -->\n"
         "<!-- search: begin -->\nold\n<!-- search: end -->\ntail\n"
     )
     return tmp_path
@@ -57,6 +62,7 @@ def test_the_table_is_written_and_checked(results):
     assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
     assert "\nbetween\n" in text
     assert "| training step, batch 128, here | 1.50 s | 2.50× | 4.00 GB saved" in text
+    assert "| 2 | 4.00 s | 2.00× | 100% |" in text
     assert "| 9,000 | 2.00 GB | 7 s | 34 ms | 4 ms | 10 ms | 20 ms |" in text
     assert "| 1.0 / 2.0 (30 %) | – | – | – | – | 3.0 / 4.0 |" in text
     assert ("| a run | X 1K | 10.0 / 20.0 / 30.0 | 10.0 / 20.0 / 30.0 | **120.1** | 100.0 "
