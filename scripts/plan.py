@@ -155,8 +155,9 @@ def main() -> None:
     print(f"{whose} each; {opt.bandwidth:g} GB/s between them (assumed)\n")
     print(table(opt.processes, batch, rate, 1e9 * opt.bandwidth, saved))
     wall = work.divided / work.products
-    print(f"\nBeyond {wall:.0f} processes the products, which each does by itself, take longer than "
-          "the rest.")  # fmt: skip
+    print(
+        f"\nBeyond {wall:.0f} processes the products, which each does by itself, outlast the rest."
+    )
 
 
 if __name__ == "__main__":
