@@ -4,6 +4,7 @@
     python evaluation.py --model_path runs/coco/checkpoint/model_best.pth.tar \\
         --data_name coco_precomp --split testall --fold5        # COCO 1K, five folds
     python evaluation.py --model_path A.pth.tar B.pth.tar       # an ensemble: mean of the scores
+    python evaluation.py --bootstrap 1000                       # with 95 % intervals
 
     torchrun --nproc_per_node 4 evaluation.py …                 # several GPUs: distributed.py
 
@@ -28,7 +29,7 @@ from attention import owner_of
 from checkpoint import load_checkpoint, model_from
 from data import PrecompDataset
 from errors import InputError, one_line
-from metrics import mean_metrics, retrieval_metrics
+from metrics import bootstrap_intervals, image_hits, mean_metrics, retrieval_metrics
 from model import LHSC
 from scoring import EncodedCaptions, EncodedImages, Scorer
 from vocab import Vocabulary, vocab_file
@@ -168,6 +169,7 @@ def evaluate(
     fold5: bool = False,
     whole: bool = True,
     precision: str = "fp32",
+    bootstrap: int = 0,
 ) -> tuple[dict, np.ndarray | None]:
     """Metrics of one model, or of several by the mean of their scores, and the score matrix.
 
@@ -209,6 +211,10 @@ def evaluate(
         else:
             first = image_of_caption[folds[0][1]]
             metrics = mean_metrics([retrieval_metrics(block, first) for block in blocks])
+        if bootstrap:
+            owner = first if fold5 else image_of_caption
+            hits = [image_hits(block, owner) for block in blocks]
+            metrics["bootstrap"] = bootstrap_intervals(hits, bootstrap)
     except ValueError as error:
         raise InputError(f"{dataset.name} {dataset.split}: {error}") from error
     return distributed.from_first(metrics), matrix
@@ -248,7 +254,20 @@ def report(metrics: dict) -> str:
             f"{name:16}{m['r1']:7.1f}{m['r5']:7.1f}{m['r10']:7.1f}{m['medr']:7.1f}{m['meanr']:8.1f}"
         )
     folds = [f"{fold['rsum']:.1f}" for fold in metrics.get("folds", [])]
-    return "\n".join([*lines, f"rsum {metrics['rsum']:.1f}" + f"  {folds}" * bool(folds)])
+    lines.append(f"rsum {metrics['rsum']:.1f}" + f"  {folds}" * bool(folds))
+    if "bootstrap" in metrics:
+        lines.append(report_intervals(metrics["bootstrap"]))
+    return "\n".join(lines)
+
+
+def report_intervals(intervals: dict) -> str:
+    """The bootstrap's intervals, under the recalls they belong to."""
+    lines = [f"95 % intervals, {intervals['samples']:,} bootstrap samples of the images:"]
+    for way, name in (("i2t", "image to text"), ("t2i", "text to image")):
+        spans = (f"{low:.1f} – {high:.1f}" for low, high in intervals[way].values())
+        lines.append(f"{name:16}" + "".join(f"{span:>16}" for span in spans))
+    low, high = intervals["rsum"]
+    return "\n".join([*lines, f"rsum {low:.1f} – {high:.1f}"])
 
 
 def load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabulary]:
@@ -302,6 +321,7 @@ def run(opt: argparse.Namespace) -> dict:
         opt.fold5,
         opt.save_sims is not None or not opt.fold5,
         opt.precision,
+        opt.bootstrap,
     )
     name = protocol(dataset.name, dataset.split, dataset.n_images, opt.fold5)
     if not distributed.is_first():
@@ -356,6 +376,13 @@ def options() -> argparse.ArgumentParser:
         help="write the scores, float32 (n_images, n_captions)",
     )
     parser.add_argument("--save_metrics", default=None, metavar="F.json", help="write the metrics")
+    parser.add_argument(
+        "--bootstrap",
+        default=0,
+        type=samples,
+        metavar="N",
+        help="95%% intervals from N samples of the images, e.g. 1000",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--precision",
@@ -365,6 +392,12 @@ def options() -> argparse.ArgumentParser:
         "decimal (README, Speed)",
     )
     return parser  # fmt: skip
+
+
+def samples(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: should be 0 (none) or more")
+    return int(text)
 
 
 def evalrank(

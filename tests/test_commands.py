@@ -349,3 +349,31 @@ def test_another_vocabulary_is_refused(trained, tmp_path):
     words = list(vocab.word2idx)
     Vocabulary([*words[:4], *reversed(words[4:])]).save(path)  # as many words, other numbers
     refused(run(folder, "evaluation.py", "--vocab_path", tmp_path / "vocab"), "not the vocabulary")
+
+
+def test_intervals_are_printed_and_saved_and_runs_compared(trained):
+    folder, _ = trained
+    arguments = (
+        "evaluation.py",
+        "--bootstrap",
+        200,
+        "--save_metrics",
+        "m.json",
+        "--save_sims",
+        "s.npy",
+    )
+    result = run(folder, *arguments)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((folder / "m.json").read_text())
+    low, high = metrics["bootstrap"]["rsum"]
+    assert low <= metrics["rsum"] <= high and metrics["bootstrap"]["samples"] == 200
+    assert f"rsum {low:.1f} – {high:.1f}" in result.stdout
+    np.save(folder / "worse.npy", -np.load(folder / "s.npy"))
+    result = run(folder, "scripts/compare.py", "worse.npy", "s.npy", "--data_name", "tiny")
+    assert result.returncode == 0, result.stderr
+    first, second, difference = result.stdout.splitlines()
+    rsums = [float(line.split()[-1]) for line in (first, second)]
+    assert rsums[1] == pytest.approx(metrics["rsum"], abs=0.06)
+    assert float(difference.split()[1].rstrip(",")) == pytest.approx(rsums[1] - rsums[0], abs=0.11)
+    refused(run(folder, "evaluation.py", "--bootstrap", -1), "--bootstrap")
+    refused(run(folder, "scripts/compare.py", "s.npy", "m.json", "--data_name", "tiny"), "m.json")

@@ -13,7 +13,6 @@ FILES = ("requirements.txt", "requirements-extra.txt", "requirements-dev.txt")
 # Declared though no file here imports them.
 NOT_IMPORTED = {
     "protobuf": "the version tensorboard_logger's generated files need",
-    "pycocotools": "for MS-COCO's own annotation files",
     "ruff": "a command",
 }
 

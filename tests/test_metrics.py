@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from conftest import GOLDENS
 
-from metrics import i2t_ranks, mean_metrics, retrieval_metrics, t2i_ranks
+from metrics import (
+    RECALLS,
+    bootstrap_intervals,
+    i2t_ranks,
+    image_hits,
+    mean_metrics,
+    paired_bootstrap,
+    resampled,
+    retrieval_metrics,
+    t2i_ranks,
+)
 
 # Four images with two captions each: who is right stands on the diagonal of 1×2 blocks.
 OWNERS = np.repeat(np.arange(4), 2)
@@ -85,3 +95,114 @@ def test_mean_of_folds_keeps_each_name_with_its_numbers():
     recalls = sum(mean[way][name] for way in ("i2t", "t2i") for name in ("r1", "r5", "r10"))
     assert mean["rsum"] == pytest.approx(recalls)
     assert (mean["n_images"], mean["n_captions"]) == (20, 40)
+
+
+# -- bootstrap ------------------------------------------------------------------------------------
+
+
+def random_scores(n_images, seed=0, per_image=5, strength=1.0):
+    """Scores in which the right answer is likely to be high, and the owner of each caption."""
+    rng = np.random.default_rng(seed)
+    owner = np.arange(n_images * per_image) // per_image
+    sims = rng.normal(size=(n_images, n_images * per_image))
+    sims[owner, np.arange(len(owner))] += strength * rng.random(len(owner)) * 4
+    return sims, owner
+
+
+def test_what_images_add_is_the_recalls():
+    sims, owner = random_scores(40)
+    metrics = retrieval_metrics(sims, owner)
+    hits = image_hits(sims, owner)
+    assert hits.mean(0) == pytest.approx([metrics[way][name] for way, name in RECALLS])
+
+
+def test_images_with_more_captions_count_once():
+    """A bootstrap sample draws images: one's captions count as one hit or a share of it."""
+    sims = np.array([[3, 2, 1, 0.0], [0, 5, 9, 1]])
+    hits = image_hits(sims, np.array([0, 0, 0, 1]))
+    assert hits[:, 3] == pytest.approx([100 / 3, 100])
+
+
+def test_the_bootstrap_is_a_loop_over_drawn_images():
+    sims, owner = random_scores(12)
+    hits = image_hits(sims, owner)
+    samples = resampled([hits], 50, seed=3)
+    rng = np.random.default_rng(3)
+    for sample in samples:
+        drawn = rng.integers(12, size=12)
+        i2t, t2i = i2t_ranks(sims, owner)[drawn], t2i_ranks(sims, owner).reshape(12, 5)[drawn]
+        expected = [100 * (ranks < k).mean() for ranks in (i2t, t2i) for k in (1, 5, 10)]
+        assert sample == pytest.approx(expected)
+
+
+def test_intervals_hold_the_estimate_and_are_repeatable():
+    sims, owner = random_scores(60)
+    metrics, hits = retrieval_metrics(sims, owner), [image_hits(sims, owner)]
+    found = bootstrap_intervals(hits, 500)
+    for way, name in RECALLS:
+        low, high = found[way][name]
+        assert low <= metrics[way][name] <= high
+    assert found["rsum"][0] < metrics["rsum"] < found["rsum"][1]
+    assert bootstrap_intervals(hits, 500) == found
+    assert bootstrap_intervals(hits, 500, seed=1) != found
+
+
+def test_a_perfect_model_has_no_doubt():
+    owner = np.arange(50) // 5
+    hits = image_hits((np.arange(10)[:, None] == owner).astype(float), owner)
+    assert bootstrap_intervals([hits], 100)["rsum"] == [600, 600]
+
+
+def test_four_times_the_images_halve_the_interval():
+    widths = []
+    for n in (100, 400):
+        sims, owner = random_scores(n)
+        hits = image_hits(sims, owner)
+        hits[:, 0] = 100 * (np.arange(n) % 2)  # the same recall at both sizes
+        low, high = bootstrap_intervals([hits], 2000)["i2t"]["r1"]
+        widths.append(high - low)
+    assert widths[0] / widths[1] == pytest.approx(2, rel=0.1)
+
+
+def test_captions_of_an_image_move_together():
+    """Five captions that always hit or miss together say no more than one."""
+    hit = np.random.default_rng(0).random(200) < 0.4
+    widths = []
+    for per_image in (1, 5):
+        owner = np.arange(200 * per_image) // per_image
+        right = np.where(hit[owner], 1.0, -1.0)
+        sims = np.zeros((200, len(owner)))
+        sims[owner, np.arange(len(owner))] = right
+        low, high = bootstrap_intervals([image_hits(sims, owner)], 1000)["t2i"]["r1"]
+        widths.append(high - low)
+    assert widths[0] == pytest.approx(widths[1])
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng, covered = np.random.default_rng(0), 0
+    for trial in range(200):
+        hits = np.repeat(100.0 * (rng.random(150) < 0.3)[:, None], 6, axis=1)
+        low, high = bootstrap_intervals([hits], 300, seed=trial)["i2t"]["r1"]
+        covered += low <= 30 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_two_models_are_compared_on_the_same_images():
+    sims, owner = random_scores(150)
+    better = sims.copy()
+    better[owner, np.arange(len(owner))] += 0.3
+    a, b = ([image_hits(s, owner)] for s in (sims, better))
+    found = paired_bootstrap(a, b, 500)
+    expected = retrieval_metrics(better, owner)["rsum"] - retrieval_metrics(sims, owner)["rsum"]
+    assert found["difference"] == pytest.approx(expected)
+    assert 0 < found["interval"][0] < expected < found["interval"][1]
+    alone = [bootstrap_intervals(x, 500)["rsum"] for x in (a, b)]
+    assert found["interval"][1] - found["interval"][0] < alone[0][1] - alone[0][0]
+    assert paired_bootstrap(a, a)["interval"] == [0, 0]
+    with pytest.raises(ValueError, match="not the same"):
+        paired_bootstrap(a, [b[0][:100]])
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="0 bootstrap samples"):
+        resampled([np.zeros((3, 6))], 0, 0)
