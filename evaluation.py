@@ -395,8 +395,8 @@ def options() -> argparse.ArgumentParser:
 
 
 def samples(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: should be 0 (none) or more")
+    if int(text) != 0 and int(text) < 100:
+        raise argparse.ArgumentTypeError(f"{text}: should be 0 (none), or 100 or more")
     return int(text)
 
 

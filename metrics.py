@@ -84,36 +84,47 @@ RECALLS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")
 
 
 def image_hits(sims: np.ndarray, image_of_caption: np.ndarray) -> np.ndarray:
-    """What each image adds to the six recalls, in percent: (n_images, 6) in the order of RECALLS.
+    """What each image adds to the six recalls: (n_images, 7).
 
-    Its own hits for image to text, the share of its captions' for text to image.
+    In the order of RECALLS whether the image finds one of its captions, and how many of its
+    captions find it; last, how many captions it has.
     """
     i2t, t2i = i2t_ranks(sims, image_of_caption), t2i_ranks(sims, image_of_caption)
-    captions = np.bincount(image_of_caption, minlength=len(sims))
     columns = [i2t < k for k in (1, 5, 10)]
-    columns += [np.bincount(image_of_caption, t2i < k, len(sims)) / captions for k in (1, 5, 10)]
-    return 100.0 * np.stack(columns, axis=1)
+    columns += [np.bincount(image_of_caption, t2i < k, len(sims)) for k in (1, 5, 10)]
+    columns.append(np.bincount(image_of_caption, minlength=len(sims)))
+    return np.stack(columns, axis=1).astype(float)
+
+
+def recalls_of(sums: np.ndarray, n: int) -> np.ndarray:
+    """Sums (7,) of n images' hits -> the six recalls in percent."""
+    return 100.0 * np.concatenate([sums[:3] / n, sums[3:6] / sums[6]])
 
 
 def resampled(folds: list[np.ndarray], n_samples: int, seed: int) -> np.ndarray:
     """The six recalls of bootstrap samples: (n_samples, 6), the mean over folds.
 
     folds: image_hits of each (one, if there are no folds). A sample draws as many images as there
-    are, with replacement, each with its captions; the gallery stays whole, so ranks stay as they
-    are and both directions share the draw.
+    are, with replacement, each with its captions. The gallery stays whole, so ranks stay as they
+    are and both directions share the draw: what another gallery, or another seed of training,
+    would do is not in these numbers.
 
     Raises:
-        ValueError: for no samples at all.
+        ValueError: for no samples, no images or hits that are no numbers.
     """
-    if n_samples < 1:
-        raise ValueError(f"{n_samples} bootstrap samples: should be 1 or more")
+    if n_samples < 1 or not folds or min(map(len, folds)) < 2:
+        raise ValueError(
+            f"{n_samples} samples of {[len(f) for f in folds]} images: nothing to draw"
+        )
+    if not all(np.isfinite(hits).all() for hits in folds):
+        raise ValueError("hits that are NaN or infinite")
     rng = np.random.default_rng(seed)
     means = np.zeros((n_samples, len(RECALLS)))
     for hits in folds:
         n = len(hits)
         for sample in range(n_samples):
             counts = np.bincount(rng.integers(n, size=n), minlength=n)
-            means[sample] += counts @ hits / n
+            means[sample] += recalls_of(counts @ hits, n)
     return means / len(folds)
 
 
@@ -139,14 +150,19 @@ def paired_bootstrap(
 ) -> dict:
     """How much higher b's rsum is than a's on the same images: {"difference", "interval"}.
 
-    a, b: as in `resampled`, of two models; each sample draws the same images for both.
+    a, b: as in `resampled`, of two models on the same test set, in the same order; each sample
+    draws the same images for both.
 
     Raises:
         ValueError: if they are not of as many images.
     """
     if [len(x) for x in a] != [len(x) for x in b]:
         raise ValueError(f"{[len(x) for x in a]} images and {[len(x) for x in b]}: not the same")
-    differences = [y - x for x, y in zip(a, b, strict=True)]
-    samples = resampled(differences, n_samples, seed).sum(axis=1)
-    difference = float(np.mean([x.mean(axis=0).sum() for x in differences]))
-    return {"samples": n_samples, "difference": difference, "interval": interval(samples)}
+    samples = (resampled(b, n_samples, seed) - resampled(a, n_samples, seed)).sum(axis=1)
+    rsum_a, rsum_b = (rsum_of(folds) for folds in (a, b))
+    return {"samples": n_samples, "difference": rsum_b - rsum_a, "interval": interval(samples)}
+
+
+def rsum_of(folds: list[np.ndarray]) -> float:
+    """The rsum of image_hits, the mean over folds."""
+    return float(np.mean([recalls_of(hits.sum(axis=0), len(hits)).sum() for hits in folds]))

@@ -23,7 +23,7 @@ from visualize import load_sims
 from data import find_files
 from errors import InputError, one_line
 from evaluation import N_FOLDS
-from metrics import image_hits, paired_bootstrap
+from metrics import image_hits, paired_bootstrap, rsum_of
 from train import at_least
 from vocab import read_captions
 
@@ -64,7 +64,7 @@ def main() -> None:
     except ValueError as error:
         raise InputError(f"{opt.sims[0]}, {opt.sims[1]}: {error}") from error
     for path, hits in zip(opt.sims, (a, b), strict=True):
-        print(f"{path}: rsum {np.mean([x.mean(axis=0).sum() for x in hits]):.1f}")
+        print(f"{path}: rsum {rsum_of(hits):.1f}")
     low, high = result["interval"]
     print(f"difference {result['difference']:+.1f}, 95 % interval {low:+.1f} … {high:+.1f}")
 

@@ -74,9 +74,13 @@ def load_sims(path: Path, n_captions: int) -> np.ndarray:
     """
     try:
         sims = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever numpy's parser says of bytes that are no array
         raise InputError(f"{path}: not a readable .npy array: {error}") from error
-    if sims.ndim != 2 or sims.shape[1] != n_captions or n_captions % sims.shape[0]:
+    if not isinstance(sims, np.memmap):
+        raise InputError(f"{path}: not a single .npy array (an archive?)")
+    if sims.ndim != 2 or not sims.size or sims.shape[1] != n_captions or n_captions % len(sims):
         raise InputError(f"{path}: scores {sims.shape} do not fit {n_captions} captions")
     return sims
 

@@ -12,6 +12,14 @@ GOLDENS = Path(__file__).resolve().parent / "goldens"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What tests wish to say at the end (record_property "told")."""
+    for report in terminalreporter.getreports("passed"):
+        for name, line in report.user_properties:
+            if name == "told":
+                terminalreporter.write_line(line)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

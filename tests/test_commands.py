@@ -375,5 +375,5 @@ def test_intervals_are_printed_and_saved_and_runs_compared(trained):
     rsums = [float(line.split()[-1]) for line in (first, second)]
     assert rsums[1] == pytest.approx(metrics["rsum"], abs=0.06)
     assert float(difference.split()[1].rstrip(",")) == pytest.approx(rsums[1] - rsums[0], abs=0.11)
-    refused(run(folder, "evaluation.py", "--bootstrap", -1), "--bootstrap")
+    refused(run(folder, "evaluation.py", "--bootstrap", 1), "--bootstrap")
     refused(run(folder, "scripts/compare.py", "s.npy", "m.json", "--data_name", "tiny"), "m.json")

@@ -14,6 +14,7 @@ FILES = ("requirements.txt", "requirements-extra.txt", "requirements-dev.txt")
 NOT_IMPORTED = {
     "protobuf": "the version tensorboard_logger's generated files need",
     "ruff": "a command",
+    "pytest-xdist": "scripts/test.sh runs the tests in two processes",
     "playwright": "tests that need it are skipped without it",
     "eccv-caption": "scripts/eccv_caption.py, whose own name it is, loads it by name",
 }

@@ -11,8 +11,10 @@ from metrics import (
     image_hits,
     mean_metrics,
     paired_bootstrap,
+    recalls_of,
     resampled,
     retrieval_metrics,
+    rsum_of,
     t2i_ranks,
 )
 
@@ -113,14 +115,16 @@ def test_what_images_add_is_the_recalls():
     sims, owner = random_scores(40)
     metrics = retrieval_metrics(sims, owner)
     hits = image_hits(sims, owner)
-    assert hits.mean(0) == pytest.approx([metrics[way][name] for way, name in RECALLS])
+    assert recalls_of(hits.sum(0), 40) == pytest.approx([metrics[w][n] for w, n in RECALLS])
+    assert rsum_of([hits]) == pytest.approx(metrics["rsum"])
 
 
-def test_images_with_more_captions_count_once():
-    """A bootstrap sample draws images: one's captions count as one hit or a share of it."""
+def test_captions_count_one_each_where_images_have_different_numbers():
     sims = np.array([[3, 2, 1, 0.0], [0, 5, 9, 1]])
-    hits = image_hits(sims, np.array([0, 0, 0, 1]))
-    assert hits[:, 3] == pytest.approx([100 / 3, 100])
+    owner = np.array([0, 0, 0, 1])
+    hits = image_hits(sims, owner)
+    assert hits[:, 3].tolist() == [1, 1] and hits[:, 6].tolist() == [3, 1]
+    assert recalls_of(hits.sum(0), 2)[3] == retrieval_metrics(sims, owner)["t2i"]["r1"] == 50
 
 
 def test_the_bootstrap_is_a_loop_over_drawn_images():
@@ -158,7 +162,7 @@ def test_four_times_the_images_halve_the_interval():
     for n in (100, 400):
         sims, owner = random_scores(n)
         hits = image_hits(sims, owner)
-        hits[:, 0] = 100 * (np.arange(n) % 2)  # the same recall at both sizes
+        hits[:, 0] = np.arange(n) % 2  # the same recall at both sizes
         low, high = bootstrap_intervals([hits], 2000)["i2t"]["r1"]
         widths.append(high - low)
     assert widths[0] / widths[1] == pytest.approx(2, rel=0.1)
@@ -181,7 +185,8 @@ def test_captions_of_an_image_move_together():
 def test_intervals_cover_the_truth_as_often_as_they_say():
     rng, covered = np.random.default_rng(0), 0
     for trial in range(200):
-        hits = np.repeat(100.0 * (rng.random(150) < 0.3)[:, None], 6, axis=1)
+        hits = np.repeat(1.0 * (rng.random(150) < 0.3)[:, None], 7, axis=1)
+        hits[:, 6] = 1
         low, high = bootstrap_intervals([hits], 300, seed=trial)["i2t"]["r1"]
         covered += low <= 30 <= high
     assert 0.90 <= covered / 200 <= 0.99
@@ -203,6 +208,10 @@ def test_two_models_are_compared_on_the_same_images():
         paired_bootstrap(a, [b[0][:100]])
 
 
-def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="0 bootstrap samples"):
-        resampled([np.zeros((3, 6))], 0, 0)
+@pytest.mark.parametrize(
+    "folds, n",
+    [([np.ones((3, 7))], 0), ([], 9), ([np.ones((1, 7))], 9), ([np.full((3, 7), np.nan)], 9)],
+)
+def test_nonsense_is_refused(folds, n):
+    with pytest.raises(ValueError):
+        resampled(folds, n, 0)

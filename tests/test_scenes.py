@@ -86,7 +86,7 @@ def holds(record, first, side, second):
 def test_same_seed_same_bytes(made, tmp_path):
     scenes.make_scenes(tmp_path / "again", 0, SIZES)
     files = sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file())
-    assert len(files) == 3 * 5 + sum(SIZES.values())
+    assert len(files) == 3 * 6 + 1 + sum(SIZES.values())
     for file in files:
         assert (made / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 

@@ -208,3 +208,19 @@ def test_boxes_of_another_data_set_are_refused(looked_at, tmp_path):
     with pytest.raises(InputError, match="not a readable"):
         read_boxes(tmp_path / "b.npy", 10, 6)
     assert read_boxes(tmp_path / "none.npy", 10, 6) is None
+
+
+@pytest.mark.parametrize("kind", ["archive", "empty", "text", "object"])
+def test_a_file_that_holds_no_scores_is_refused(tmp_path, kind):
+    path = tmp_path / "sims.npy"
+    with path.open("wb") as file:
+        if kind == "archive":
+            np.savez(file, sims=SIMS)
+        elif kind == "empty":
+            np.save(file, np.zeros((0, 20), dtype=np.float32))
+        elif kind == "object":
+            np.save(file, np.array([[{}] * 20] * 4), allow_pickle=True)
+        else:
+            file.write(b"no scores")
+    with pytest.raises(InputError, match=r"sims\.npy"):
+        visualize.load_sims(path, 20)
