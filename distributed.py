@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -57,16 +58,25 @@ def together() -> Iterator[None]:
             f"rank {rank()}: another process of this run is gone or silent "
             f"({str(error).splitlines()[0][:120]}); what is saved is whole, go on with --resume"
         ) from error
-    except SystemExit:
-        leave()
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else 1)
         raise
-    leave()
+    leave(0)
 
 
-def leave() -> None:
-    if dist.is_initialized():
-        dist.barrier()  # the first may still be writing
-        dist.destroy_process_group()
+def leave(status: int) -> None:
+    """Wait for the others, which may still be writing, and end all processes but the first."""
+    if not dist.is_initialized():
+        return
+    first = is_first()
+    dist.barrier()
+    dist.destroy_process_group()
+    if not first:
+        # gloo's threads have been seen to abort a process while Python was tearing itself down,
+        # once in some sixty runs; there is nothing left to do in this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def start(device: torch.device) -> torch.device:
