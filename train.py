@@ -414,9 +414,12 @@ class Stop:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def agree(self, device: torch.device) -> None:
-        """Signals reach processes at different times: all stop after the same step."""
-        self.signal = distributed.largest(self.signal, device)
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any process has had: they stop after the same step. (0: none.)
+
+        What arrives while the others are asked stays noted for the next step.
+        """
+        return distributed.largest(self.signal, device)
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal:
@@ -568,12 +571,12 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
                     clock = time.perf_counter()
                 if step % opt.val_step == 0:
                     validate(epoch)
-                stop.agree(device)
-                if stop.signal or (step % opt.save_step == 0 and i < len(loader)):
+                stopping = stop.agreed(device)
+                if stopping or (step % opt.save_step == 0 and i < len(loader)):
                     save(epoch, i)
-                if stop.signal:
+                if stopping:
                     say(f"stopped at step {step}; to go on: python train.py --resume {folder}")
-                    sys.exit(128 + stop.signal)
+                    sys.exit(128 + stopping)
                 if step % opt.val_step == 0 or step % opt.save_step == 0:
                     waited, timed = 0.0, step
                     clock = end = time.perf_counter()
@@ -581,10 +584,10 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
             schedule.step()
             validate(epoch)
             save(epoch + 1, 0)
-            stop.agree(device)
-            if stop.signal:
+            stopping = stop.agreed(device)
+            if stopping:
                 say(f"stopped at step {step}; to go on: python train.py --resume {folder}")
-                sys.exit(128 + stop.signal)
+                sys.exit(128 + stopping)
     say(f"best dev rsum {best['rsum']:.1f}: {folder / 'model_best.pth.tar'}")
     return best
 
@@ -597,13 +600,15 @@ def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
     """
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(
-            f"a loader process died ({str(error).splitlines()[0]}), for want of memory perhaps: "
-            "go on with --resume, and fewer --workers"
-        ) from error
+    except (ConnectionError, EOFError) as error:  # it died while it handed a batch over
+        raise loader_death(error) from error
+
+
+def loader_death(error: Exception) -> InputError:
+    return InputError(
+        f"a loader process died ({str(error).splitlines()[0]}), for want of memory perhaps: "
+        "go on with --resume, and fewer --workers"
+    )
 
 
 def stop_at(
@@ -636,11 +641,16 @@ def given_options(arguments: list[str] | None = None) -> dict:
 @one_line
 def main() -> None:
     opt, saved = options().parse_args(), None
-    with distributed.together():
-        distributed.start(select_device(opt.device))
-        if opt.resume is not None:
-            opt, saved = resumed(opt, given_options())
-        train(opt, saved)
+    try:
+        with distributed.together():
+            distributed.start(select_device(opt.device))
+            if opt.resume is not None:
+                opt, saved = resumed(opt, given_options())
+            train(opt, saved)
+    except RuntimeError as error:  # PyTorch raises it from a signal handler, wherever we are
+        if "DataLoader worker" not in str(error):
+            raise
+        raise loader_death(error) from error
 
 
 if __name__ == "__main__":

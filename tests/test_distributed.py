@@ -1,6 +1,7 @@
 """Several processes are one: the same loss, gradients, buffers, parameters, ranks; and they end
 together."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,8 +20,10 @@ from test_commands import SMALL
 import distributed
 from checkpoint import load_newest, load_whole
 from data import ShuffledBatches
+from train import Stop
 from vocab import Vocabulary
 
+pytestmark = pytest.mark.slow
 SAME = ["--embed_dropout", "0", "--pool_dropout", "0", "--warmup_epochs", "1"]
 
 
@@ -209,8 +212,12 @@ def running(tmp_path):
     for line in process.stdout:
         if line.startswith("epoch 1 "):
             break
+    workers = children(process.pid)
     yield tmp_path, process
     process.kill()
+    for pid in workers.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes in /proc")
@@ -225,6 +232,18 @@ def test_a_process_that_dies_stops_all(running, victim):
     assert "another process of this run is gone" in errors or "SIGKILL" in errors
     path, saved = load_newest(folder / "runs/LHSC/checkpoint")
     assert saved["Eiters"] > 0 and load_whole(path)
+
+
+def test_a_signal_that_comes_while_the_others_are_asked_is_not_lost(monkeypatch):
+    stop = Stop()
+
+    def ask(number, device):
+        stop.signal = signal.SIGTERM
+        return number
+
+    monkeypatch.setattr(distributed, "largest", ask)
+    assert stop.agreed(torch.device("cpu")) == 0
+    assert stop.agreed(torch.device("cpu")) == signal.SIGTERM
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes in /proc")
