@@ -599,16 +599,19 @@ def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
         InputError: if a loader process died.
     """
     try:
-        yield from loader
-    except (ConnectionError, EOFError) as error:  # it died while it handed a batch over
-        raise loader_death(error) from error
-
-
-def loader_death(error: Exception) -> InputError:
-    return InputError(
-        f"a loader process died ({str(error).splitlines()[0]}), for want of memory perhaps: "
-        "go on with --resume, and fewer --workers"
-    )
+        iterator = iter(loader)
+        # PyTorch's handler would raise in the middle of whatever is being done, and again while
+        # that is being told; waiting for a batch, it notices the death within five seconds anyway.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from iterator
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"a loader process died ({reason}), for want of memory perhaps: "
+            "go on with --resume, and fewer --workers"
+        ) from error
 
 
 def stop_at(
@@ -641,16 +644,11 @@ def given_options(arguments: list[str] | None = None) -> dict:
 @one_line
 def main() -> None:
     opt, saved = options().parse_args(), None
-    try:
-        with distributed.together():
-            distributed.start(select_device(opt.device))
-            if opt.resume is not None:
-                opt, saved = resumed(opt, given_options())
-            train(opt, saved)
-    except RuntimeError as error:  # PyTorch raises it from a signal handler, wherever we are
-        if "DataLoader worker" not in str(error):
-            raise
-        raise loader_death(error) from error
+    with distributed.together():
+        distributed.start(select_device(opt.device))
+        if opt.resume is not None:
+            opt, saved = resumed(opt, given_options())
+        train(opt, saved)
 
 
 if __name__ == "__main__":
