@@ -47,6 +47,24 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
+def open_array(path: Path) -> np.memmap:
+    """A .npy file, memory-mapped and never unpickled.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        InputError: if it holds anything but one array.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever numpy's parser says of bytes that are no array
+        raise InputError(f"{path}: not a readable .npy array: {error}") from error
+    if not isinstance(array, np.memmap):
+        raise InputError(f"{path}: not a single .npy array (an archive?)")
+    return array
+
+
 class RegionFile:
     """A memory-mapped `{split}_ims.npy`, one row an image.
 
@@ -79,14 +97,7 @@ class RegionFile:
 
     def _open(self) -> None:
         self._bytes_read = 0
-        try:
-            self._rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # whatever numpy's parser says of bytes that are no array
-            raise InputError(f"{self.path}: not a readable .npy array: {error}") from error
-        if not isinstance(self._rows, np.memmap):
-            raise InputError(f"{self.path}: not a single .npy array (an archive?)")
+        self._rows = open_array(self.path)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_rows"}
@@ -256,10 +267,7 @@ def read_boxes(path: Path, n_images: int, num_regions: int) -> np.ndarray | None
     """
     if not path.is_file():
         return None
-    try:
-        boxes = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # whatever numpy's parser says of bytes that are no array
-        raise InputError(f"{path}: not a readable .npy array: {error}") from error
+    boxes = open_array(path)
     if boxes.shape != (n_images, num_regions, 4) or boxes.dtype.kind != "f":
         raise InputError(
             f"{path}: expected float boxes ({n_images}, {num_regions}, 4), found {boxes.shape} "

@@ -18,8 +18,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -330,14 +331,15 @@ def run(opt: argparse.Namespace) -> dict:
     print(f"{name} ({dataset.n_images:,} images, {len(dataset):,} captions{members})")
     print(report(metrics), flush=True)
     if opt.save_sims is not None:
-        _write(opt.save_sims, lambda file: np.save(file, sims))
+        write_whole(opt.save_sims, lambda file: np.save(file, sims))
     if opt.save_metrics is not None:
         text = json.dumps(metrics | {"protocol": name}, indent=1) + "\n"
-        _write(opt.save_metrics, lambda file: file.write(text.encode()))
+        write_whole(opt.save_metrics, lambda file: file.write(text.encode()))
     return metrics
 
 
-def _write(target: str | Path, write) -> None:
+def write_whole(target: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """A file that is either the old one or the whole new one, which `write` fills."""
     temporary = Path(f"{target}.tmp")
     try:
         with temporary.open("wb") as file:

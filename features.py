@@ -65,6 +65,14 @@ def read_picture(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: not a readable picture: {error}") from error
 
 
+def find_picture(folder: Path | None, name: str) -> Path | None:
+    """The file of an image id; ids often lack the suffix."""
+    for suffix in ("", ".jpg", ".png", ".jpeg"):
+        if folder is not None and (path := folder / f"{name}{suffix}").is_file():
+            return path
+    return None
+
+
 class Extractor:
     """Pictures to regions by one recipe.
 

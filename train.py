@@ -557,14 +557,14 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
                     mean = losses / (step - logged)
                     if first:
                         log.train(
-                        {
-                            "epoch": epoch, "step": step, "loss": mean,
-                            "lr": schedule.get_last_lr()[0],
-                            "batch_time": (end - clock) / (step - timed),
-                            "data_time": waited / (step - timed),
-                        },
-                        f"epoch {epoch} [{i}/{len(loader)}]",
-                    )  # fmt: skip
+                            {
+                                "epoch": epoch, "step": step, "loss": mean,
+                                "lr": schedule.get_last_lr()[0],
+                                "batch_time": (end - clock) / (step - timed),
+                                "data_time": waited / (step - timed),
+                            },
+                            f"epoch {epoch} [{i}/{len(loader)}]",
+                        )  # fmt: skip
                     if first and i < len(loader) and collapsed(mean, opt, hardest):
                         log.once(COLLAPSED)
                     losses, logged, waited, timed = 0.0, step, 0.0, step

@@ -58,6 +58,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from prepare_captions import few, image_key, listed, new_files, on_one_line, read_id_list, read_json
 
+from data import open_array
 from errors import InputError, one_line
 from evaluation import N_FOLDS, progress
 from metrics import i2t_ranks, mean_metrics, recalls, retrieval_metrics, t2i_ranks
@@ -261,14 +262,7 @@ def load_scores(path: Path, n_images: int) -> np.ndarray:
     Raises:
         InputError: if the file holds anything else.
     """
-    try:
-        sims = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever numpy's parser says of bytes that are no array
-        raise InputError(f"{path}: not a readable .npy array: {error}") from error
-    if not isinstance(sims, np.memmap):
-        raise InputError(f"{path}: not a single .npy array (an archive?)")
+    sims = open_array(path)
     if sims.shape != (n_images, PER_IMAGE * n_images) or sims.dtype not in (np.float32, np.float16):
         raise InputError(
             f"{path}: found {sims.dtype} {sims.shape}, expected float32 scores of {n_images:,} "

@@ -34,7 +34,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from errors import InputError, one_line
-from evaluation import progress, select_device
+from evaluation import progress, select_device, write_whole
 from features import Extractor, Recipe, read_picture
 from train import at_least
 
@@ -211,22 +211,16 @@ def run(opt: argparse.Namespace) -> None:
             "nothing was written"
         )
     names = [name for name, line in zip(files, unfinished.said, strict=True) if line == "+"]
-    write(boxes, lambda file: np.save(file, np.repeat(extractor.boxes[None], len(names), axis=0)))
-    write(ids, lambda file: file.write("".join(f"{name}\n" for name in names).encode()))
+    write_whole(
+        boxes, lambda file: np.save(file, np.repeat(extractor.boxes[None], len(names), axis=0))
+    )
+    write_whole(ids, lambda file: file.write("".join(f"{name}\n" for name in names).encode()))
     made = {"recipe": recipe._asdict(), "pictures": [str(p.resolve()) for p in opt.pictures]}
-    write(how, lambda file: file.write(json.dumps(made, indent=1).encode()))
+    write_whole(how, lambda file: file.write(json.dumps(made, indent=1).encode()))
     unfinished.finish(ims)
     size = ims.stat().st_size / 1e6
     print(f"{ims}: {len(names):,} pictures, {shape[1]} regions × {shape[2]}, {size:.1f} MB"
           + f"; {len(unread)} left out" * bool(unread))  # fmt: skip
-
-
-def write(path: Path, content) -> None:
-    """A file that is either the old one or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        content(file)
-    os.replace(temporary, path)
 
 
 def options() -> argparse.ArgumentParser:

@@ -36,7 +36,7 @@ from data import PrecompDataset, RegionFile, read_boxes, read_ids
 from errors import InputError, one_line
 from evaluation import DEFAULT_MODEL, ENCODE_BATCH, encode_captions, load, progress, select_device
 from explain import explain_embedded
-from features import Extractor, Recipe, read_picture
+from features import Extractor, Recipe, find_picture, read_picture
 from index import Builder, Index, read_about
 from train import at_least
 from vocab import tokenize
@@ -126,11 +126,7 @@ class Searcher:
 
     def file(self, place: int) -> Path | None:
         """The picture of an image of the index, where it is known and there."""
-        for suffix in ("", ".jpg", ".png", ".jpeg"):
-            path = self.folder and self.folder / f"{self.index.ids[place]}{suffix}"
-            if path and path.is_file():
-                return path
-        return None
+        return find_picture(self.folder, self.index.ids[place])
 
     def regions(self, picture: Image.Image) -> torch.Tensor:
         """A new picture as the regions (R, img_dim) that the model knows.

@@ -50,11 +50,11 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import PrecompDataset, find_files, read_boxes, read_ids
+from data import PrecompDataset, find_files, open_array, read_boxes, read_ids
 from errors import InputError, one_line
 from evaluation import evaluate, load, protocol, select_device
 from explain import Explanation, explain
-from features import read_picture
+from features import find_picture, read_picture
 from metrics import i2t_ranks, t2i_ranks
 from model import LHSC
 from train import at_least
@@ -72,14 +72,7 @@ def load_sims(path: Path, n_captions: int) -> np.ndarray:
     Raises:
         InputError: if the file is missing, no matrix, or not of these captions.
     """
-    try:
-        sims = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever numpy's parser says of bytes that are no array
-        raise InputError(f"{path}: not a readable .npy array: {error}") from error
-    if not isinstance(sims, np.memmap):
-        raise InputError(f"{path}: not a single .npy array (an archive?)")
+    sims = open_array(path)
     if sims.ndim != 2 or not sims.size or sims.shape[1] != n_captions or n_captions % len(sims):
         raise InputError(f"{path}: scores {sims.shape} do not fit {n_captions} captions")
     return sims
@@ -103,14 +96,6 @@ def show_picture(ax: Axes, folder: Path | None, name: str) -> None:
         ax.set_xlim(0, 1)
         ax.set_ylim(0, 1)
         ax.set_aspect("equal")
-
-
-def find_picture(folder: Path | None, name: str) -> Path | None:
-    """The file of an image id; ids often lack the suffix."""
-    for suffix in ("", ".jpg", ".png", ".jpeg"):
-        if folder is not None and (path := folder / f"{name}{suffix}").is_file():
-            return path
-    return None
 
 
 def frame(ax: Axes, right: bool) -> None:

@@ -207,6 +207,10 @@ def test_boxes_of_another_data_set_are_refused(looked_at, tmp_path):
     (tmp_path / "b.npy").write_bytes(b"nothing")
     with pytest.raises(InputError, match="not a readable"):
         read_boxes(tmp_path / "b.npy", 10, 6)
+    with (tmp_path / "b.npy").open("wb") as file:
+        np.savez(file, boxes=np.zeros((10, 6, 4), dtype=np.float32))
+    with pytest.raises(InputError, match="archive"):
+        read_boxes(tmp_path / "b.npy", 10, 6)
     assert read_boxes(tmp_path / "none.npy", 10, 6) is None
 
 
