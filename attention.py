@@ -58,11 +58,17 @@ def segment_sum(x: Tensor, owner: Tensor, n_captions: int, dim: int) -> Tensor:
 
 
 def segment_softmax(logits: Tensor, owner: Tensor, n_captions: int) -> Tensor:
-    """Softmax over the words of each caption: (W,) -> (W,)."""
-    peak = logits.new_full((n_captions,), -torch.inf)
-    peak = peak.scatter_reduce(0, owner, logits.detach(), "amax")
-    exp = (logits - peak[owner]).exp()
-    return exp / segment_sum(exp, owner, n_captions, dim=0)[owner]
+    """Softmax over the words of each caption: (…, W) -> (…, W)."""
+    peak = logits.new_full((*logits.shape[:-1], n_captions), -torch.inf)
+    peak = peak.scatter_reduce(-1, owner.expand_as(logits), logits.detach(), "amax")
+    exp = (logits - peak.index_select(-1, owner)).exp()
+    return exp / segment_sum(exp, owner, n_captions, dim=-1).index_select(-1, owner)
+
+
+def word_mean(word_emb: Tensor, lengths: Tensor) -> Tensor:
+    """The mean word of each caption: word_emb (W, D), lengths (C,) -> (C, D)."""
+    owner, n_captions = owner_of(lengths), len(lengths)
+    return segment_sum(word_emb, owner, n_captions, dim=0) / lengths.unsqueeze(1)
 
 
 # -- words over words -----------------------------------------------------------------------------
@@ -145,9 +151,8 @@ class WordPooling(nn.Module):
     def weights(self, word_emb: Tensor, lengths: Tensor) -> Tensor:
         """word_emb (W, D), lengths (C,) -> weights (W,), those of a caption sum to 1."""
         owner, n_captions = owner_of(lengths), len(lengths)
-        mean = segment_sum(word_emb, owner, n_captions, dim=0) / lengths.unsqueeze(1)  # (C, D)
         local = self.dropout(torch.tanh(self.local(word_emb)))
-        globl = self.dropout(torch.tanh(self.globl(mean)))
+        globl = self.dropout(torch.tanh(self.globl(word_mean(word_emb, lengths))))
         logits = self.common(local * globl.index_select(0, owner)).squeeze(-1)
         return segment_softmax(logits, owner, n_captions)
 
@@ -155,6 +160,42 @@ class WordPooling(nn.Module):
         """word_emb (W, D), lengths (C,) -> caption_global (C, D)."""
         weighted = self.weights(word_emb, lengths).unsqueeze(1) * word_emb
         return l2norm(segment_sum(weighted, owner_of(lengths), len(lengths), dim=0))
+
+
+class AttendedPooling(nn.Module):
+    """The global image vector as a caption sees it (the paper's figure).
+
+    As WordPooling, of the regions m_l that the caption's words attend to:
+
+    h_l = dropout(tanh(W m_l + b)),  k = dropout(tanh(W' mean_l m_l + b'))
+    î   = l2norm(Σ_l softmax_l(c · (h_l ∘ k) + c₀) m_l)
+
+    With m_l = Σ_r weight_lr v_r, W and W' meet the R regions of an image, not the words of all
+    captions. Time for an image: W R D + W D, and D² R once; memory: W D.
+    """
+
+    def __init__(self, embed_size: int, dropout: float) -> None:
+        super().__init__()
+        self.local = nn.Linear(embed_size, embed_size)
+        self.globl = nn.Linear(embed_size, embed_size)
+        self.common = nn.Linear(embed_size, 1)
+        self.dropout = nn.Dropout(dropout)
+        init_xavier(self)
+
+    def forward(self, weights: Tensor, region_emb: Tensor, lengths: Tensor) -> Tensor:
+        """weights (B, W, R), region_emb (B, R, D), lengths (C,) -> (B, C, R).
+
+        The sum of the regions by these weights is î, of length 1.
+        """
+        owner, n_captions = owner_of(lengths), len(lengths)
+        mean = segment_sum(weights, owner, n_captions, dim=1) / lengths.view(-1, 1)  # (B, C, R)
+        local, globl = region_emb @ self.local.weight.T, region_emb @ self.globl.weight.T
+        local = self.dropout(torch.tanh(weights @ local + self.local.bias))  # (B, W, D)
+        globl = self.dropout(torch.tanh(mean @ globl + self.globl.bias))  # (B, C, D)
+        logits = self.common(local * globl.index_select(1, owner)).squeeze(-1)  # (B, W)
+        pooling = segment_softmax(logits, owner, n_captions).unsqueeze(-1)
+        pooled = segment_sum(pooling * weights, owner, n_captions, dim=1)  # (B, C, R)
+        return unit_weights(pooled, region_emb)
 
 
 # -- words over regions ---------------------------------------------------------------------------
@@ -175,6 +216,17 @@ def cross_attention(region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_capti
     scale = SHARPNESS * inverse_length(safe_sqrt(squared))
     weights = (affinity * scale.index_select(0, owner)).softmax(dim=-1)
     return weights.transpose(0, 1).contiguous()  # (B, W, R)
+
+
+def unit_weights(weights: Tensor, region_emb: Tensor) -> Tensor:
+    """Weights, scaled so that the sums of regions that they make have length 1.
+
+    ‖Σ_r w_r v_r‖² = wᵀ (V Vᵀ) w: the R weights are scaled instead of the D-wide sum.
+    weights (B, W, R), region_emb (B, R, D) -> (B, W, R).
+    """
+    gram = region_emb @ region_emb.transpose(1, 2)  # (B, R, R)
+    squared = ((weights @ gram) * weights).sum(-1, keepdim=True)  # (B, W, 1)
+    return weights * inverse_length(safe_sqrt(squared.clamp_min(0)))
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

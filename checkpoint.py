@@ -3,9 +3,9 @@
 A checkpoint of ours is a plain dict of tensors, numbers and strings:
     epoch, Eiters (optimizer steps), best_rsum, opt (train.py's options, with vocab_size, img_dim
     and num_regions filled in), vocab (fingerprint), model (state dict)
-and, to go on from there (train.py --resume): optimizer, schedule, random, batch (how many of the
-epoch are done), validated (the step of the last validation), loss_sum and logged (of the log line
-that is being averaged).
+and, to go on from there (train.py --resume): optimizer, average (the averaged weights, with --ema),
+random, batch (how many of the epoch are done), validated (the step of the last validation),
+loss_sum and logged (of the log line that is being averaged).
 
 The released code (Python 2) stores `model` as three state dicts [image, text, similarity] and
 `opt` as an argparse.Namespace; RELEASED_NAMES turns them into ours.
@@ -33,8 +33,10 @@ from model import LHSC
 MODEL_OPTIONS = (
     "vocab_size", "img_dim", "num_regions", "embed_size", "word_dim", "sim_dim", "num_layers",
     "bi_gru", "graph_layers", "text_layers", "drop_out", "embed_dropout", "pool_dropout",
-    "no_imgnorm", "no_txtnorm", "padding",
+    "no_imgnorm", "no_txtnorm", "padding", "similarity", "global_image", "alignment",
 )  # fmt: skip
+# Those that older checkpoints, and released ones, do not have.
+SINCE_THEN = {"similarity": "lhsc", "global_image": "regions", "alignment": "both"}
 
 # Released name -> ours. {n} is a layer number, counted from 1 there and from 0 here. The four
 # heads of θ and φ are joined into one linear layer; 1×1 convolutions lose their last axis.
@@ -138,7 +140,7 @@ def _translate_released(raw: dict, path: Path) -> dict:
         "pool_dropout": 0.4,
         "padding": "released",
     }
-    return raw | {"model": state, "opt": opt, "released": True}
+    return raw | {"model": state, "opt": SINCE_THEN | opt, "released": True}
 
 
 def _text(value: object) -> object:
@@ -175,7 +177,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise InputError(f"{path}: 'opt' should hold options, it is a {type(raw['opt']).__name__}")
     if isinstance(raw["model"], list | tuple):
         return _translate_released(raw, path)
-    return raw | {"released": False}
+    opt = raw["opt"] if isinstance(raw["opt"], dict) else vars(raw["opt"])
+    return raw | {"opt": SINCE_THEN | opt, "released": False}
 
 
 def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:

@@ -32,7 +32,7 @@ from data import PrecompDataset
 from errors import InputError, one_line
 from metrics import bootstrap_intervals, image_hits, mean_metrics, retrieval_metrics
 from model import LHSC
-from scoring import EncodedCaptions, EncodedImages, Scorer
+from scoring import EncodedCaptions, EncodedImages, scorer
 from vocab import Vocabulary, vocab_file
 
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
@@ -90,12 +90,11 @@ def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) ->
     total = -(-(rows.stop - rows.start) // ENCODE_BATCH)
     encoder = model.image_encoder.folded()
     D = model.image_encoder.fc.out_features
-    R = model.similarity.region_pooling.local_bn.num_features
-    regions = [torch.empty(0, R, D, device=device)]  # a share may be empty
+    regions = [torch.empty(0, model.num_regions, D, device=device)]  # a share may be empty
     images = [torch.empty(0, D, device=device)]
     for block in progress(blocks, total, "encoding images"):
         regions.append(encoder(block.to(device)))
-        images.append(model.similarity.region_pooling(regions[-1]))
+        images.append(model.similarity.image_global(regions[-1]))
     return EncodedImages(torch.cat(regions), torch.cat(images))
 
 
@@ -122,7 +121,7 @@ def encode_captions(model: LHSC, dataset: PrecompDataset, device: torch.device) 
         words = model.text_encoder(captions, n)
         within = torch.arange(len(words), device=device) - (n.cumsum(0) - n)[owner_of(n)]
         word_emb[start[block][owner_of(n)] + within] = words
-        caption_global[block] = model.similarity.word_pooling(words, n)
+        caption_global[block] = model.similarity.caption_global(words, n)
     word_emb, caption_global = distributed.total(word_emb), distributed.total(caption_global)
     return EncodedCaptions(word_emb, caption_global, lengths.to(device))
 
@@ -137,12 +136,12 @@ def score(
 
     Time grows with images × words; memory beyond the result is one block's.
     """
-    scorer = Scorer(model.similarity, dtype)
+    scores = scorer(model.similarity, images.image_global.device, dtype)
     sims = np.empty((len(images.image_global), len(captions.lengths)), dtype=np.float32)
     if not sims.size:
         return sims
-    n_tiles = len(scorer.chunks(captions))
-    for chunk, tile in progress(scorer.tiles(images, captions), n_tiles, "scoring"):
+    n_tiles = len(scores.chunks(captions))
+    for chunk, tile in progress(scores.tiles(images, captions), n_tiles, "scoring"):
         sims[:, chunk] = tile.cpu().numpy()
     return sims
 

@@ -40,10 +40,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention import owner_of, segment_sum
+from attention import word_mean
 from errors import InputError
-from model import LHSC, SimilarityEncoder
-from scoring import EncodedCaptions, EncodedImages, Scorer
+from model import LHSC
+from scoring import EncodedCaptions, EncodedImages, scorer
+from similarity import Similarity, SimilarityEncoder
 from vocab import Vocabulary
 
 FLAT = 200_000  # images up to which all candidate vectors are compared
@@ -57,12 +58,21 @@ class Answer(NamedTuple):
 
 
 class CandidateMap(NamedTuple):
-    """A score that is an inner product of an image's vector with a caption's."""
+    """A score that is an inner product of an image's vector with a caption's.
+
+    Raises:
+        InputError: for a model without local alignments.
+    """
 
     c: Tensor  # (D,) Pᵀ w
 
     @classmethod
-    def of(cls, similarity: SimilarityEncoder) -> CandidateMap:
+    def of(cls, similarity: Similarity) -> CandidateMap:
+        if not isinstance(similarity, SimilarityEncoder) or similarity.local_fc is None:
+            raise InputError(
+                "an index needs LHSC's local alignments; this model was trained with another "
+                "--similarity, or with --alignment global"
+            )
         return cls((similarity.score_fc.weight[0] @ similarity.local_fc.weight).detach().cpu())
 
     def stored(self, mean: Tensor) -> Tensor:
@@ -177,12 +187,6 @@ def inverted_file(means: np.ndarray, stored: Callable[[Tensor], Tensor], path: P
     faiss.write_index(index, str(path))
 
 
-def word_mean(word_emb: Tensor, lengths: Tensor) -> Tensor:
-    """word_emb (W, D), lengths (C,) -> (C, D)."""
-    total = segment_sum(word_emb, owner_of(lengths), len(lengths), dim=0)
-    return total / lengths.unsqueeze(1)
-
-
 # -- searching ------------------------------------------------------------------------------------
 
 
@@ -199,7 +203,7 @@ class Index:
         if self.about["fingerprint"] != fingerprint(model):
             raise InputError(f"{folder}: was made with another model than {self.about['model']}")
         self.device = next(model.parameters()).device
-        self.scorer = Scorer(model.similarity)
+        self.scorer = scorer(model.similarity, self.device, torch.float32)
         self.map = CandidateMap.of(model.similarity)
         self.regions = self._array("region_emb.npy", mmap=True)  # (n, R, D)
         self.image_global = torch.from_numpy(self._array("image_global.npy"))
@@ -235,13 +239,13 @@ class Index:
         ids = self.vocab.encode(sentence)
         lengths = torch.tensor([len(ids)], device=self.device)
         words = self.model.text_encoder(torch.tensor([ids], device=self.device), lengths)
-        return EncodedCaptions(words, self.model.similarity.word_pooling(words, lengths), lengths)
+        return EncodedCaptions(words, self.model.similarity.caption_global(words, lengths), lengths)
 
     @torch.inference_mode()
     def encode_image(self, regions: Tensor) -> EncodedImages:
         """Regions (R, img_dim) of one image."""
         emb = self.model.image_encoder(regions.unsqueeze(0).to(self.device))
-        return EncodedImages(emb, self.model.similarity.region_pooling(emb))
+        return EncodedImages(emb, self.model.similarity.image_global(emb))
 
     def candidates(self, caption: EncodedCaptions, n: int) -> np.ndarray:
         """The images that fit a caption best by CandidateMap: (≤ n,) places."""

@@ -1,7 +1,7 @@
-"""Scores of a whole test set: the similarity encoder of a trained model, for inference.
+"""Scores of a whole test set: the similarity of a trained model, for inference.
 
-The same equations as model.SimilarityEncoder (the tests hold the two together), arranged so that
-nearly all the time is spent in matrix products:
+The same equations as similarity.SimilarityEncoder (the tests hold the two together), arranged so
+that nearly all the time is spent in matrix products:
 
 - some words of some images at a time, so that the D-wide differences stay in the cache (on a GPU:
   fill it, and no more), and memory does not depend on the size of the test set;
@@ -10,6 +10,9 @@ nearly all the time is spent in matrix products:
 - sums over a caption's words are products with a 0/1 matrix (C, W), which also makes them bitwise
   repeatable on a GPU;
 - with `dtype=torch.bfloat16` the matrix products run in bfloat16, all reductions in float32.
+
+Variants of the model, and what it is compared with, are scored by their own equations
+(PlainScorer), in the same blocks.
 
 Cost: (4 R D + 2 D S) operations for a word and an image, 0.67 million at full size, and 2 D S
 for a caption and an image.
@@ -29,7 +32,8 @@ from torch import Tensor
 
 from alignment import linear
 from attention import EPS, SHARPNESS, inverse_length, owner_of
-from model import SimilarityEncoder
+from errors import InputError
+from similarity import Similarity, SimilarityEncoder
 
 
 class EncodedImages(NamedTuple):
@@ -74,31 +78,18 @@ def caption_chunks(lengths: Tensor, n_words: int) -> list[slice]:
     return [*chunks, slice(start, len(lengths))]
 
 
-class Scorer:
-    """Scores images × captions for one trained similarity encoder.
+class PlainScorer:
+    """Scores images × captions by a similarity's own `score`, some of each at a time.
 
-    similarity: a SimilarityEncoder in evaluation mode; its weights are copied.
-    dtype: of the matrix products: torch.float32 (scores within 1e-5 of the released loop) or
-        torch.bfloat16.
+    similarity: any, in evaluation mode.
     """
 
-    @torch.inference_mode()
+    dtype = torch.float32
+
     def __init__(
-        self,
-        similarity: SimilarityEncoder,
-        dtype: torch.dtype = torch.float32,
-        block: BlockSize | None = None,
+        self, similarity: Similarity, device_type: str, block: BlockSize | None = None
     ) -> None:
-        self.dtype = dtype
-        self.P, self.p = (x.to(dtype) for x in similarity.local_fc.parameters())  # (S, D), (S,)
-        self.globl_P, self.globl_p = (x.to(dtype) for x in similarity.globl_fc.parameters())
-        # sigmoid(BN(a · s + a₀)) in evaluation is sigmoid(a' · s + a'₀).
-        bn = similarity.gate_bn
-        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-        self.a = scale * similarity.gate_fc.weight[0]  # (S,)
-        self.a0 = scale * (similarity.gate_fc.bias - bn.running_mean) + bn.bias
-        self.w, self.w0 = similarity.score_fc.weight[0], similarity.score_fc.bias  # (S,), (1,)
-        self.block = block or BLOCK_SIZE[self.w.device.type]
+        self.similarity, self.block = similarity, block or BLOCK_SIZE[device_type]
 
     @torch.inference_mode()
     def tiles(
@@ -120,6 +111,47 @@ class Scorer:
     def chunks(self, captions: EncodedCaptions) -> list[slice]:
         """The captions of each tile."""
         return caption_chunks(captions.lengths, self.block.words)
+
+    def _score(
+        self,
+        regions: Tensor,
+        image_global: Tensor,
+        words: Tensor,
+        captions: EncodedCaptions,
+        owner: Tensor,
+        ones: Tensor,
+    ) -> Tensor:
+        """(b, R, D), (b, D), (w, D), c captions, owner (w,), ones (c, w) -> sims (b, c)."""
+        globl, lengths = captions.caption_global, captions.lengths
+        return self.similarity.score(regions, image_global, words, globl, lengths)
+
+
+class Scorer(PlainScorer):
+    """Scores images × captions for one trained similarity encoder.
+
+    similarity: a SimilarityEncoder in evaluation mode, with local and global alignments, and a
+        global image vector of the regions; its weights are copied.
+    dtype: of the matrix products: torch.float32 (scores within 1e-5 of the released loop) or
+        torch.bfloat16.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        similarity: SimilarityEncoder,
+        dtype: torch.dtype = torch.float32,
+        block: BlockSize | None = None,
+    ) -> None:
+        super().__init__(similarity, similarity.score_fc.weight.device.type, block)
+        self.dtype = dtype
+        self.P, self.p = (x.to(dtype) for x in similarity.local_fc.parameters())  # (S, D), (S,)
+        self.globl_P, self.globl_p = (x.to(dtype) for x in similarity.globl_fc.parameters())
+        # sigmoid(BN(a · s + a₀)) in evaluation is sigmoid(a' · s + a'₀).
+        bn = similarity.gate_bn
+        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+        self.a = scale * similarity.gate_fc.weight[0]  # (S,)
+        self.a0 = scale * (similarity.gate_fc.bias - bn.running_mean) + bn.bias
+        self.w, self.w0 = similarity.score_fc.weight[0], similarity.score_fc.bias  # (S,), (1,)
 
     def _score(
         self,
@@ -170,6 +202,25 @@ class Scorer:
         inverse = inverse_length(torch.linalg.vector_norm(aligned, dim=-1))  # (b, c)
         gate = torch.sigmoid(aligned @ self.a * inverse + self.a0)
         return aligned * (gate * inverse).unsqueeze(-1), gate
+
+
+def scorer(similarity: Similarity, device: torch.device, dtype: torch.dtype) -> PlainScorer:
+    """The scorer that fits a similarity.
+
+    Raises:
+        InputError: for a dtype that only LHSC's own scoring has.
+    """
+    whole = isinstance(similarity, SimilarityEncoder) and (
+        similarity.local_fc is not None and similarity.region_pooling is not None
+    )
+    if whole:
+        return Scorer(similarity, dtype)
+    if dtype != torch.float32:
+        raise InputError(
+            "--precision: other than fp32 only for LHSC with local and global alignments, and "
+            "--global_image regions"
+        )
+    return PlainScorer(similarity, device.type)
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:

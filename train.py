@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import fcntl
 import json
+import math
 import os
 import platform
 import random
@@ -49,10 +51,10 @@ from checkpoint import (
     step_files,
 )
 from data import Batch, PrecompDataset, find_files, train_loader
-from distributed import collect, say, sum_gradients
+from distributed import collect, gather_rows, say, sum_gradients
 from errors import InputError, one_line
 from evaluation import evaluate, report, select_device
-from model import LHSC, triplet_loss
+from model import CHOICES, LHSC, triplet_loss
 from vocab import Vocabulary, build_from_data, vocab_file
 
 COLLAPSED = (
@@ -60,6 +62,20 @@ COLLAPSED = (
     "collapsed the scores. If it stays there, start again with more --warmup_epochs, in which all "
     "negatives count, or a smaller --learning_rate"
 )
+
+
+# What --recipe sets: see the README's results for what each is worth.
+RECIPES = {
+    "released": {},
+    "modern": {"lr_schedule": "cosine", "lr_warmup": 100, "ema": 0.999, "same_image": "ignored"},
+}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of a command line; --recipe changes the defaults of some."""
+    parser = options()
+    parser.set_defaults(**RECIPES[parser.parse_args(arguments).recipe])
+    return parser.parse_args(arguments)
 
 
 def options() -> argparse.ArgumentParser:
@@ -91,6 +107,25 @@ def options() -> argparse.ArgumentParser:
     add("--num_layers", default=1, type=at_least(1), help="GRU layers")
     add("--graph_layers", default=4, type=at_least(0), help="region graph layers")
     add("--text_layers", default=4, type=at_least(0), help="word self-attention layers")
+    add(
+        "--similarity",
+        default="lhsc",
+        choices=CHOICES["similarity"],
+        help="scan: attended regions' cosines; vse: VSE++'s cosine of means, for comparison",
+    )
+    add(
+        "--alignment",
+        default="both",
+        choices=CHOICES["alignment"],
+        help="which alignments LHSC's score is made of",
+    )
+    add(
+        "--global_image",
+        default="regions",
+        choices=CHOICES["global_image"],
+        help="what the global image vector is pooled from; attended: the regions that the caption "
+        "attends to, as in the paper's figure; regions: as in the released code",
+    )
     add("--bi_gru", default=True, action=switch, help="GRU in both directions")
     add("--no_imgnorm", default=False, action=switch, help="regions are not l2-normalised")
     add("--no_txtnorm", default=False, action=switch, help="words are not l2-normalised")
@@ -100,7 +135,7 @@ def options() -> argparse.ArgumentParser:
     add(
         "--padding",
         default="masked",
-        choices=["masked", "released"],
+        choices=CHOICES["padding"],
         help="released: <pad> words take part in self-attention, as in the released code",
     )
 
@@ -108,15 +143,32 @@ def options() -> argparse.ArgumentParser:
     add("--batch_size", default=128, type=at_least(2), help="captions (and images) a step")
     add("--num_epochs", default=50, type=at_least(1), help="passes over the captions")
     add("--learning_rate", default=2e-4, type=positive, help="of Adam")
+    add("--lr_schedule", default="step", choices=["step", "cosine"], help="cosine: down to 0")
     add("--lr_update", default=30, type=at_least(1), help="epochs between steps of ×0.1")
+    add("--lr_warmup", default=0, type=at_least(0), help="first steps, with a rising learning rate")
+    add("--weight_decay", default=0.0, type=not_negative, help="decoupled, of AdamW")
+    add("--ema", default=0.0, type=rate, help="decay of averaged weights; 0 = none, or e.g. 0.999")
     add("--grad_clip", default=2.0, type=not_negative, help="gradient norm; 0 = no clipping")
     add("--margin", default=0.2, type=not_negative, help="of the hinge loss")
     add("--max_violation", default=True, action=switch, help="only the hardest negative counts")
+    add(
+        "--same_image",
+        default="negative",
+        choices=["negative", "ignored"],
+        help="what another caption of a batch's own image is: ignored, it is no negative",
+    )
     add(
         "--warmup_epochs",
         default=0,
         type=at_least(0),
         help="first epochs in which all negatives count, against collapse (released: 0)",
+    )
+
+    add(
+        "--recipe",
+        default="released",
+        choices=[*RECIPES],
+        help="modern: other defaults for the options above (README, Results); those given win",
     )
 
     add = parser.add_argument_group("run").add_argument
@@ -189,14 +241,18 @@ def train_step(
     margin: float = 0.2,
     max_violation: bool = True,
     grad_clip: float = 2.0,
+    same_image: str = "negative",
 ) -> float:
     """One optimizer step; returns the loss, summed over the batch.
+
+    same_image: "ignored", another caption of the same image is no negative.
 
     Raises:
         NotFinite: before the weights are touched.
     """
     sims = collect(model(batch.images, batch.captions, batch.lengths))  # (B, B)
-    loss = triplet_loss(sims, margin, max_violation)
+    index = gather_rows(batch.image_index) if same_image == "ignored" else None
+    loss = triplet_loss(sims, margin, max_violation, index)
     optimizer.zero_grad()
     loss.backward()
     sum_gradients(model.parameters())
@@ -213,6 +269,36 @@ def collapsed(loss: float, opt: argparse.Namespace, hardest: bool) -> bool:
     Training with hardest negatives from the first step can settle there; see --warmup_epochs.
     """
     return hardest and opt.margin > 0 and abs(loss / (2 * opt.margin * opt.batch_size) - 1) < 0.01
+
+
+def learning_rate(opt: argparse.Namespace, step: int, steps_an_epoch: int) -> float:
+    """Of optimizer step `step`, counted from 0.
+
+    Released: ×0.1 every lr_update epochs. With lr_schedule "cosine" it falls to 0 over the run;
+    over the first lr_warmup steps it rises.
+    """
+    rate = opt.learning_rate
+    if opt.lr_schedule == "cosine":
+        rate *= (1 + math.cos(math.pi * step / (opt.num_epochs * steps_an_epoch))) / 2
+    else:
+        rate *= 0.1 ** (step // steps_an_epoch // opt.lr_update)
+    return rate * min(1.0, (step + 1) / (opt.lr_warmup + 1))
+
+
+@torch.no_grad()
+def update_average(average: LHSC, model: LHSC, decay: float, step: int) -> None:
+    """average ← decay · average + (1 − decay) · model, buffers too; of the first steps faster.
+
+    step: counted from 1; the decay is at most (1 + step) / (10 + step), so that the random
+    initial weights are soon forgotten.
+    """
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    states = average.state_dict().values(), model.state_dict().values()
+    for old, new in zip(*states, strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, weight)
+        else:
+            old.copy_(new)
 
 
 class RunLog:
@@ -356,7 +442,7 @@ def resumed(opt: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, d
         path, saved = (path, load_whole(path)) if path.is_file() else load_newest(path)
     path = Path(str(distributed.from_first(str(path))))
     saved = saved or load_whole(path)
-    if missing := {"optimizer", "schedule", "random", "batch", "vocab"} - saved.keys():
+    if missing := {"optimizer", "random", "batch", "vocab"} - saved.keys():
         raise InputError(
             f"{path}: holds no {', '.join(sorted(missing))}: only train.py's "
             "checkpoint_STEP.pth.tar can be resumed from"
@@ -471,8 +557,11 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
     np.random.seed(opt.seed)
     torch.manual_seed(opt.seed)
     model = LHSC(**{name: getattr(opt, name) for name in MODEL_OPTIONS}).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=opt.learning_rate)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=opt.lr_update, gamma=0.1)
+    average = copy.deepcopy(model).requires_grad_(False) if opt.ema else None
+    # Without weight decay AdamW is Adam.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay
+    )
     loader = train_loader(
         trainset, opt.batch_size, opt.workers, opt.seed, pin_memory=device.type == "cuda"
     )
@@ -485,7 +574,8 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
+        if average is not None:
+            average.load_state_dict(saved["average"])
         if len(saved["random"]) == distributed.size():
             set_random_states(saved["random"][distributed.rank()])
         else:
@@ -515,10 +605,12 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
         def save(epoch: int, batch: int) -> None:
             """All that is needed to go on from here."""
             going_on = {
-                "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                "optimizer": optimizer.state_dict(),
                 "random": distributed.of_all(random_states()), "batch": batch,
                 "validated": validated, "loss_sum": losses, "logged": logged,
             }  # fmt: skip
+            if average is not None:
+                going_on["average"] = average.state_dict()
             if first:
                 save_checkpoint(state(epoch, **going_on), step_file(folder, step))
                 keep_newest(folder, opt.keep)
@@ -528,14 +620,15 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
             if validated == step:
                 return
             validated = step
-            metrics, _ = evaluate([model.eval()], devset, device)
+            metrics, _ = evaluate([(average or model).eval()], devset, device)
             model.train()
             is_best = metrics["rsum"] > best["rsum"]
             best = metrics if is_best else best
             if first:
                 log.dev(epoch, step, metrics, is_best)
             if first and is_best:
-                save_checkpoint(state(epoch), folder / "model_best.pth.tar")
+                weights = (average or model).state_dict()
+                save_checkpoint(state(epoch, model=weights), folder / "model_best.pth.tar")
 
         for epoch in range(first_epoch, opt.num_epochs):
             loader.batch_sampler.set_epoch(epoch, first_batch)
@@ -545,12 +638,19 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
             hardest = opt.max_violation and epoch >= opt.warmup_epochs
             for i, batch in enumerate(batches(loader), start=1 + first_batch):
                 waited += time.perf_counter() - end
-                moved = batch.to(device)
+                rate = learning_rate(opt, step, len(loader))
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 try:
-                    loss = train_step(model, optimizer, moved, opt.margin, hardest, opt.grad_clip)
+                    loss = train_step(
+                        model, optimizer, batch.to(device), opt.margin, hardest, opt.grad_clip,
+                        opt.same_image,
+                    )  # fmt: skip
                 except NotFinite as error:
-                    stop_at(batch, folder, epoch, step, schedule.get_last_lr()[0], error)
+                    stop_at(batch, folder, epoch, step, rate, error)
                 step += 1
+                if average is not None:
+                    update_average(average, model, opt.ema, step)
                 losses += loss
                 end = time.perf_counter()
                 if step % opt.log_step == 0 or i == len(loader):
@@ -559,7 +659,7 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
                         log.train(
                             {
                                 "epoch": epoch, "step": step, "loss": mean,
-                                "lr": schedule.get_last_lr()[0],
+                                "lr": rate,
                                 "batch_time": (end - clock) / (step - timed),
                                 "data_time": waited / (step - timed),
                             },
@@ -581,7 +681,6 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
                     waited, timed = 0.0, step
                     clock = end = time.perf_counter()
             first_batch = 0
-            schedule.step()
             validate(epoch)
             save(epoch + 1, 0)
             stopping = stop.agreed(device)
@@ -620,8 +719,8 @@ def stop_at(
     """Say what is needed to replay a step that came to nothing, and end the run."""
     report = {
         "error": str(error), "epoch": epoch, "step": step + 1, "lr": lr,
-        "image_index": distributed.gather_rows(batch.image_index).tolist(),
-        "caption_index": distributed.gather_rows(batch.caption_index).tolist(),
+        "image_index": gather_rows(batch.image_index).tolist(),
+        "caption_index": gather_rows(batch.caption_index).tolist(),
     }  # fmt: skip
     path = folder / "not_finite.json"
     if distributed.is_first():
@@ -643,7 +742,7 @@ def given_options(arguments: list[str] | None = None) -> dict:
 
 @one_line
 def main() -> None:
-    opt, saved = options().parse_args(), None
+    opt, saved = parse(), None
     with distributed.together():
         distributed.start(select_device(opt.device))
         if opt.resume is not None:

@@ -74,7 +74,7 @@ def make_index(opt: argparse.Namespace) -> None:
     for start in progress(starts, len(starts), "encoding images"):
         rows = slice(start * step, min(start + ENCODE_BATCH, n) * step, step)
         emb = encoder(torch.from_numpy(regions[rows]).to(device))
-        builder.add(emb, model.similarity.region_pooling(emb))
+        builder.add(emb, model.similarity.image_global(emb))
     if captioned:
         builder.add_captions(encode_captions(model, split, device), split.texts)
     boxes = read_boxes(folder / f"{opt.split}_boxes.npy", n, regions.num_regions)
