@@ -398,6 +398,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def model_size(model: LHSC) -> int:
+    """How many numbers are learned."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def move_aside(folder: Path) -> None:
     """Nothing of an earlier run is overwritten: its folder gets a number behind its name."""
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -594,7 +599,8 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
             move_aside(Path(opt.logger_name))
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            log = RunLog(folder, opt.logger_name, describe(opt, device), after=step)
+            header = describe(opt, device) | {"parameters": model_size(model)}
+            log = RunLog(folder, opt.logger_name, header, after=step)
 
         def state(epoch: int, **others: object) -> dict:
             return {
