@@ -132,7 +132,31 @@ class RegionFile:
         )
 
 
-class PrecompDataset(Dataset):
+class Captions:
+    """Captions as word ids, in one array: worker processes share it instead of copying lists."""
+
+    def __init__(self, texts: list[str], vocab: Vocabulary) -> None:
+        self.texts = texts
+        encoded = [vocab.encode(text) for text in texts]
+        self.lengths = torch.tensor([len(words) for words in encoded])
+        self._words = torch.tensor([word for words in encoded for word in words])
+        self._ends = self.lengths.cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def words(self, index: int) -> Tensor:
+        """Caption `index`: (length,) word ids with <start> and <end>."""
+        end = self._ends[index]
+        return self._words[end - self.lengths[index] : end]
+
+    def caption_blocks(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The captions `order` names: padded (≤ size, longest of the block), lengths, indices."""
+        for block in order.split(size):
+            yield *pad([self.words(int(i)) for i in block]), block
+
+
+class PrecompDataset(Captions, Dataset):
     """One split: an example is a caption with its image.
 
     Images and captions can also be gone through apart (`image_blocks`, `caption_blocks`), so
@@ -166,12 +190,7 @@ class PrecompDataset(Dataset):
         if max_captions:
             texts = texts[:max_captions]
             self.n_images = min(self.n_images, -(-len(texts) // self.captions_per_image))
-        self.texts = texts
-        # One array for all captions: worker processes share it instead of copying lists.
-        encoded = [vocab.encode(text) for text in texts]
-        self.lengths = torch.tensor([len(words) for words in encoded])
-        self._words = torch.tensor([word for words in encoded for word in words])
-        self._ends = self.lengths.cumsum(0)
+        super().__init__(texts, vocab)
         self.image_ids = read_ids(ids, self.regions.num_rows // self.row_step)[: self.n_images]
 
     def _row_step(self, n_captions: int, caps: Path) -> int:
@@ -185,9 +204,6 @@ class PrecompDataset(Dataset):
             )
         return 1
 
-    def __len__(self) -> int:
-        return len(self.texts)
-
     @property
     def image_of_caption(self) -> np.ndarray:
         """(n_captions,) the image each caption belongs to."""
@@ -196,11 +212,6 @@ class PrecompDataset(Dataset):
     def image(self, index: int) -> Tensor:
         """Image `index` of the split: (R, img_dim) float32."""
         return torch.from_numpy(self.regions[index * self.row_step])
-
-    def words(self, index: int) -> Tensor:
-        """Caption `index` of the split: (length,) word ids with <start> and <end>."""
-        end = self._ends[index]
-        return self._words[end - self.lengths[index] : end]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int]:
         image = index // self.captions_per_image
@@ -213,11 +224,6 @@ class PrecompDataset(Dataset):
             stop = min(start + size, images.stop)
             rows = slice(start * self.row_step, stop * self.row_step, self.row_step)
             yield torch.from_numpy(self.regions[rows])
-
-    def caption_blocks(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The captions `order` names: padded (≤ size, longest of the block), lengths, indices."""
-        for block in order.split(size):
-            yield *pad([self.words(int(i)) for i in block]), block
 
 
 def find_files(data_path: str | Path, data_name: str, split: str) -> tuple[Path, Path, Path]:

@@ -28,7 +28,7 @@ import torch
 import distributed
 from attention import owner_of
 from checkpoint import load_checkpoint, model_from
-from data import PrecompDataset
+from data import Captions, PrecompDataset
 from errors import InputError, one_line
 from metrics import bootstrap_intervals, image_hits, mean_metrics, retrieval_metrics
 from model import LHSC
@@ -99,8 +99,8 @@ def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) ->
 
 
 @torch.inference_mode()
-def encode_captions(model: LHSC, dataset: PrecompDataset, device: torch.device) -> EncodedCaptions:
-    """Every caption of the split, 100 at a time: similar lengths together, which pads little.
+def encode_captions(model: LHSC, dataset: Captions, device: torch.device) -> EncodedCaptions:
+    """Every caption, 100 at a time: similar lengths together, which pads little.
 
     With the released padding, where it matters which captions share a batch, in file order. Of
     several processes each encodes its share of the batches, and all have all captions.

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import InputError
 from model import LHSC
-from similarity import SimilarityEncoder
+from similarity import with_local_alignments
 from vocab import Vocabulary, tokenize
 
 
@@ -47,12 +46,7 @@ def explain_embedded(
     model: LHSC, vocab: Vocabulary, region_emb: Tensor, caption: str
 ) -> Explanation:
     """As explain, of an image that is encoded already: region_emb (1, R, D)."""
-    similarity, device = model.similarity, region_emb.device
-    if not isinstance(similarity, SimilarityEncoder) or similarity.local_fc is None:
-        raise InputError(
-            "only LHSC's local alignments say what a word attends to; this model was trained with "
-            "another --similarity, or with --alignment global"
-        )
+    similarity, device = with_local_alignments(model.similarity), region_emb.device
     tokens, ids = tokenize(caption), vocab.encode(caption)
     lengths = torch.tensor([len(ids)], device=device)
     word_emb = model.text_encoder(torch.tensor([ids], device=device), lengths)  # (L, D)

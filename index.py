@@ -44,7 +44,7 @@ from attention import word_mean
 from errors import InputError
 from model import LHSC
 from scoring import EncodedCaptions, EncodedImages, scorer
-from similarity import Similarity, SimilarityEncoder
+from similarity import Similarity, with_local_alignments
 from vocab import Vocabulary
 
 FLAT = 200_000  # images up to which all candidate vectors are compared
@@ -68,11 +68,7 @@ class CandidateMap(NamedTuple):
 
     @classmethod
     def of(cls, similarity: Similarity) -> CandidateMap:
-        if not isinstance(similarity, SimilarityEncoder) or similarity.local_fc is None:
-            raise InputError(
-                "an index needs LHSC's local alignments; this model was trained with another "
-                "--similarity, or with --alignment global"
-            )
+        similarity = with_local_alignments(similarity)
         return cls((similarity.score_fc.weight[0] @ similarity.local_fc.weight).detach().cpu())
 
     def stored(self, mean: Tensor) -> Tensor:

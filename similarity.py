@@ -35,6 +35,7 @@ from attention import (
     word_mean,
 )
 from distributed import gather, total
+from errors import InputError
 
 
 class Similarity(nn.Module):
@@ -261,6 +262,20 @@ class SimilarityEncoder(Similarity):
         sums = segment_sum(gates, owner, len(counts), dim=1) + EPS  # (B, C)
         gates = gates / sums.index_select(1, owner)
         return gates.split([part.shape[1] for part in logits], dim=1)
+
+
+def with_local_alignments(similarity: Similarity) -> SimilarityEncoder:
+    """The same, if it is one that aligns words with regions.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if isinstance(similarity, SimilarityEncoder) and similarity.local_fc is not None:
+        return similarity
+    raise InputError(
+        "this needs LHSC's local alignments; the model was trained with another --similarity, or "
+        "with --alignment global"
+    )
 
 
 def unit_attention(region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int) -> Tensor:

@@ -62,7 +62,7 @@ SETS = {
     "flickr8k": Set(
         "--data_name f8k_precomp --embed_size 128 --sim_dim 32 --word_dim 100 --batch_size 32 "
         "--embed_dropout 0.2 --pool_dropout 0.2 --learning_rate 1e-3 --warmup_epochs 2 "
-        "--num_epochs 7 --lr_update 5",
+        "--num_epochs 6 --lr_update 4",
         FLICKR8K | {"modern": THREE},
     ),
     "scenes": Set(

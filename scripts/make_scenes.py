@@ -10,6 +10,7 @@ writes, the same bytes for the same options,
     data/scenes_precomp/{split}_ids.txt               the picture's file name
     data/scenes_precomp/{split}_boxes.npy             float32 (n, 36, 4), x1 y1 x2 y2 in pixels
     data/scenes_precomp/{split}_scenes.jsonl          what was drawn, one JSON object a picture
+    data/scenes_precomp/{split}_foils.jsonl           captions with one word made wrong
     data/scenes_precomp/{split}_features.json         how features are made of other pictures, …
     data/scenes_precomp/projection.npz                … and the train features' mean and scale
 
@@ -32,6 +33,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -309,9 +311,14 @@ NAMES_THIRD = 0.4
 
 def noun_phrase(group: Group, rng: np.random.Generator) -> str:
     """`two small blue squares`."""
-    plural = "" if group.count == 1 else "es" if group.shape.endswith("s") else "s"
     count, size = rng.choice(COUNTS[group.count]), rng.choice(SIZES[group.size][1])
-    return f"{count} {size} {group.colour} {group.shape}{plural}"
+    return f"{count} {size} {group.colour} {shapes(group)}"
+
+
+def shapes(group: Group) -> str:
+    """`circle`, or `circles`."""
+    plural = "" if group.count == 1 else "es" if group.shape.endswith("s") else "s"
+    return f"{group.shape}{plural}"
 
 
 def agreement(group: Group, letter: str) -> dict[str, str]:
@@ -360,6 +367,49 @@ def write_captions(
         captions.append(caption(templates[t], groups, relation, aside, rng))
         named.append(groups if with_third else groups[:2])
     return captions, named
+
+
+# ---------------------------------------------------------------- captions made wrong
+
+ATTRIBUTES = Group._fields
+
+
+def foils(
+    text: str, scene: Scene, named: Sequence[Group], rng: np.random.Generator
+) -> dict[str, str]:
+    """For each attribute a caption that differs in one word and is false of the picture.
+
+    The count is of a group of several, two for three or three for two, so that no other word has
+    to agree; a caption that names no such group has none.
+    """
+    made = {}
+    for attribute in ATTRIBUTES:
+        changes = [
+            (group, other)
+            for group in named
+            for value in VALUES[attribute]
+            if (other := group._replace(**{attribute: value})) not in scene.groups
+            and (attribute != "count" or min(group.count, value) > 1)
+        ]
+        if changes:
+            made[attribute] = reworded(text, *changes[rng.integers(len(changes))])
+    return made
+
+
+VALUES = {"count": COUNTS, "size": SIZES, "colour": COLOURS, "shape": SHAPES}
+
+
+def reworded(text: str, group: Group, other: Group) -> str:
+    """`text` with a group's words replaced by those of another, alike in number."""
+    counts = zip(COUNTS[group.count], COUNTS[other.count], strict=True)
+    sizes = zip(SIZES[group.size][1], SIZES[other.size][1], strict=True)
+    for (count, new_count), (size, new_size) in itertools.product(counts, sizes):
+        old = f"{count} {size} {group.colour} {shapes(group)}"
+        new = f"{new_count} {new_size} {other.colour} {shapes(other)}"
+        for words, others in ((old, new), (old.capitalize(), new.capitalize())):
+            if re.search(rf"\b{words}\b", text):
+                return text.replace(words, others)
+    raise ValueError(f"{text!r} does not name {group}")
 
 
 # ---------------------------------------------------------------- features of 36 windows
@@ -502,7 +552,7 @@ def make_split(out: Path, split: str, scenes: list[Scene], seed: int) -> Split:
     images, folder = out / "scenes_images" / split, out / "scenes_precomp"
     for stale in images.glob(f"{split}_*.png"):
         stale.unlink()
-    ids, lines, captions, named = [], [], [], []
+    ids, lines, captions, named, wrong = [], [], [], [], []
     pixels = np.empty((len(scenes), SIDE, SIDE, 3), dtype=np.uint8)
     for index, scene in enumerate(progress(scenes, len(scenes), f"drawing {split}")):
         rng = np.random.default_rng([seed, SPLITS.index(split), 1 + index])
@@ -513,10 +563,21 @@ def make_split(out: Path, split: str, scenes: list[Scene], seed: int) -> Split:
             pixels[index] = np.asarray(picture)
         texts, groups = write_captions(scene, rng)
         ids.append(file.name)
-        captions += texts
+        for text, those in zip(texts, groups, strict=True):
+            made = foils(text, scene, those, rng)
+            wrong += [
+                json.dumps({"caption": len(captions), "kind": kind, "text": foil})
+                for kind, foil in made.items()
+            ]
+            captions.append(text)
         named += groups
         lines.append(json.dumps(describe(scene, file.name, places, radii)))
-    for kind, content in (("ids.txt", ids), ("caps.txt", captions), ("scenes.jsonl", lines)):
+    for kind, content in (
+        ("ids.txt", ids),
+        ("caps.txt", captions),
+        ("scenes.jsonl", lines),
+        ("foils.jsonl", wrong),
+    ):
         text = "".join(f"{line}\n" for line in content)
         (folder / f"{split}_{kind}").write_text(text, encoding="utf-8", newline="\n")
     boxes = np.repeat(window_boxes()[None], len(scenes), axis=0)

@@ -38,6 +38,7 @@ from evaluation import DEFAULT_MODEL, ENCODE_BATCH, encode_captions, load, progr
 from explain import explain_embedded
 from features import Extractor, Recipe, find_picture, read_picture
 from index import Builder, Index, read_about
+from similarity import with_local_alignments
 from train import at_least
 from vocab import tokenize
 
@@ -51,6 +52,7 @@ BEST_WORDS = 4  # named with an answer
 @torch.inference_mode()
 def make_index(opt: argparse.Namespace) -> None:
     model, settings, vocab = load(opt.model_path, opt)
+    with_local_alignments(model.similarity)
     device = select_device(opt.device)
     model = model.to(device)
     folder = Path(settings["data_path"]) / settings["data_name"]
