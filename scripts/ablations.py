@@ -26,23 +26,31 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from errors import InputError, one_line
 
-# What a variant changes in the command of its set.
+
+class Variant(NamedTuple):
+    title: str
+    options: str = ""  # what it changes in the command of its set
+
+
 VARIANTS = {
-    "lhsc": "",
-    "released": "--padding released --val_captions 5000",
-    "saf": "--graph_layers 0 --text_layers 0",
-    "graph-only": "--text_layers 0",
-    "words-only": "--graph_layers 0",
-    "one-layer": "--graph_layers 1 --text_layers 1",
-    "two-layers": "--graph_layers 2 --text_layers 2",
-    "six-layers": "--graph_layers 6 --text_layers 6",
-    "local": "--alignment local",
-    "global": "--alignment global",
-    "attended": "--global_image attended",
-    "label-safe": "--same_image ignored",
-    "scan": "--similarity scan --graph_layers 0 --text_layers 0",
-    "vse": "--similarity vse --graph_layers 0 --text_layers 0",
-    "modern": "--recipe modern",
+    "lhsc": Variant("LHSC"),
+    "released": Variant("LHSC, released padding", "--padding released --val_captions 5000"),
+    "modern": Variant("LHSC, `--recipe modern`", "--recipe modern"),
+    "attended": Variant("LHSC, global vector of attended regions", "--global_image attended"),
+    "label-safe": Variant("LHSC, same image no negative", "--same_image ignored"),
+    "cosine": Variant("LHSC, cosine schedule", "--lr_schedule cosine --lr_warmup 100"),
+    "ema": Variant("LHSC, averaged weights", "--ema 0.999"),
+    "decay": Variant("LHSC, weight decay", "--weight_decay 0.1"),
+    "six-layers": Variant("six graph, six word layers", "--graph_layers 6 --text_layers 6"),
+    "two-layers": Variant("two graph, two word layers", "--graph_layers 2 --text_layers 2"),
+    "one-layer": Variant("one graph, one word layer", "--graph_layers 1 --text_layers 1"),
+    "graph-only": Variant("graph layers only", "--text_layers 0"),
+    "words-only": Variant("word layers only", "--graph_layers 0"),
+    "local": Variant("LHSC, local alignments only", "--alignment local"),
+    "global": Variant("LHSC, global alignment only", "--alignment global"),
+    "saf": Variant("SAF (neither)", "--graph_layers 0 --text_layers 0"),
+    "scan": Variant("SCAN t2i", "--similarity scan --graph_layers 0 --text_layers 0"),
+    "vse": Variant("VSE++", "--similarity vse --graph_layers 0 --text_layers 0"),
 }
 
 
@@ -93,8 +101,9 @@ class Run(NamedTuple):
         a_set, folder = SETS[self.set_name], self.folder(opt.runs)
         where = ["--data_path", str(opt.data_path), "--vocab_path", str(opt.vocab_path)]
         best = ["--model_path", str(folder / "checkpoint" / "model_best.pth.tar")]
+        options = f"{a_set.common} {VARIANTS[self.variant].options} {QUIET}"
         train = [
-            "train.py", *shlex.split(f"{a_set.common} {VARIANTS[self.variant]} {QUIET}"), *where,
+            "train.py", *shlex.split(options), *where,
             "--seed", str(self.seed), "--model_name", str(folder / "checkpoint"),
             "--logger_name", str(folder / "log"),
         ]  # fmt: skip

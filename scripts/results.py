@@ -1,13 +1,14 @@
-"""The README's tables of results, speed, search and several processes, made from logs.
+"""The README's tables and plots of results, speed, search and several processes, made from logs.
 
     python scripts/results.py            # print the tables
-    python scripts/results.py --write    # put them into the README
+    python scripts/results.py --write    # put them into the README, and draw fig/
     python scripts/results.py --check    # exit 1 if the README says something else
 
-A run is a folder of `results/` that holds `metrics.jsonl` (as train.py wrote it) and `test.json`
-(as `evaluation.py --save_metrics` wrote it); its name is the row's. A file of `results/speed/` is
-what `benchmark.py --json` wrote on one machine; of `results/search/` and `results/distributed/`,
-`benchmark_search.py --json` and `benchmark_distributed.py --json`.
+A run is a folder that holds `metrics.jsonl` (as train.py wrote it) and `test.json` (as
+`evaluation.py --save_metrics` wrote it): one row each of those in `results/`, one row a variant of
+those that ablations.py put into `results/flickr8k/` and `results/scenes/`. A file of
+`results/speed/` is what `benchmark.py --json` wrote on one machine; of `results/search/` and
+`results/distributed/`, `benchmark_search.py --json` and `benchmark_distributed.py --json`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,21 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import ablations
 import benchmark
 import benchmark_distributed
 import benchmark_search
+import diagnose
+import plan
 
 from errors import InputError, one_line
 
@@ -83,6 +93,184 @@ def table(folder: Path) -> str:
     return "\n".join([HEAD, *map(row, runs)])
 
 
+# -- variants, each with some seeds ---------------------------------------------------------------
+
+
+class Seed(NamedTuple):
+    """One run of a variant."""
+
+    folder: Path
+    run: dict
+    lines: list[dict]
+    test: dict
+
+    @property
+    def dev(self) -> float:
+        """Of the checkpoint that was tested."""
+        return max(line["rsum"] for line in self.lines if line["type"] == "dev")
+
+    def diagnosis(self) -> dict:
+        path = self.folder / "diagnosis.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: {error}") from error
+
+
+def variants(folder: Path) -> dict[str, list[Seed]]:
+    """The runs of ablations.py, in its order.
+
+    Raises:
+        InputError: if there are none, or those of a variant differ in more than their seed.
+    """
+    found = {
+        name: [Seed(path, *read_run(path)) for path in sorted(folder.glob(f"{name}-s[0-9]*"))]
+        for name in ablations.VARIANTS
+    }
+    found = {name: seeds for name, seeds in found.items() if seeds}
+    if not found:
+        raise InputError(f"{folder}: no runs here; scripts/ablations.py makes them")
+    for name, seeds in found.items():
+        if len({json.dumps(arguments(seed.run), sort_keys=True) for seed in seeds}) > 1:
+            raise InputError(f"{folder}/{name}-s…: runs of one variant with different options")
+    return found
+
+
+def arguments(run: dict) -> dict:
+    """Those that shape a run, without its seed and places."""
+    apart = {"seed", "data_path", "vocab_path", "model_name", "logger_name", "resume"}
+    return {name: value for name, value in run["arguments"].items() if name not in apart}
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation; of a single run the value alone."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def variants_table(folder: Path) -> str:
+    """One row a variant: recalls on test, parameters, minutes."""
+    rows = [
+        "| model | seeds | i2t R@1 | t2i R@1 | dev rsum | test rsum | 95 % interval | parameters "
+        "| training |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, seeds in variants(folder).items():
+        ends = zip(*(seed.test["bootstrap"]["rsum"] for seed in seeds), strict=True)
+        low, high = (statistics.mean(end) for end in ends)
+        minutes = statistics.mean(60 * training_hours(seed.lines) for seed in seeds)
+        cells = [
+            ablations.VARIANTS[name].title, str(len(seeds)),
+            *(spread([seed.test[way]["r1"] for seed in seeds]) for way in ("i2t", "t2i")),
+            spread([seed.dev for seed in seeds]),
+            f"**{spread([seed.test['rsum'] for seed in seeds])}**", f"{low:.1f} – {high:.1f}",
+            f"{seeds[0].run['parameters'] / 1e6:.2f} M", f"{minutes:.1f} min",
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def scenes_table(folder: Path) -> str:
+    """One row a variant: accuracy on relations, attributes and counts."""
+    kinds = diagnose.KINDS
+    rows = [
+        f"| model | seeds | {' | '.join(kinds)} | test rsum | parameters | training |",
+        "|---|---|" + "---|" * (len(kinds) + 3),
+    ]
+    for name, seeds in variants(folder).items():
+        made = [seed.diagnosis() for seed in seeds]
+        minutes = statistics.mean(60 * training_hours(seed.lines) for seed in seeds)
+        cells = [
+            ablations.VARIANTS[name].title, str(len(seeds)),
+            *(spread([one[kind]["accuracy"] for one in made]) for kind in kinds),
+            spread([seed.test["rsum"] for seed in seeds]),
+            f"{seeds[0].run['parameters'] / 1e6:.2f} M", f"{minutes:.1f} min",
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def plain(title: str) -> str:
+    return title.replace("`", "")
+
+
+def scenes_figure(folder: Path) -> plt.Figure:
+    """What each variant gets right of each kind: a dot a seed, a line at their mean."""
+    found = list(variants(folder).items())[::-1]
+    fig, axes = plt.subplots(
+        1, len(diagnose.KINDS), figsize=(12, 0.8 + 0.36 * len(found)), sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for ax, kind in zip(axes, diagnose.KINDS, strict=True):
+        for y, (_, seeds) in enumerate(found):
+            values = [seed.diagnosis()[kind]["accuracy"] for seed in seeds]
+            ax.plot([50, statistics.mean(values)], [y, y], color="#8fb3d9", lw=7, zorder=1)
+            ax.plot(values, [y] * len(values), "o", color="#1f4e79", ms=4)
+        ax.set_title(kind, fontsize=11)
+        ax.set_xlim(45, 101)
+        ax.set_xlabel("accuracy (%)", fontsize=9)
+        ax.axvline(50, color="grey", lw=1, ls=":")
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+    axes[0].set_yticks(range(len(found)))
+    axes[0].set_yticklabels([plain(ablations.VARIANTS[name].title) for name, _ in found])
+    return fig
+
+
+def variants_figure(folder: Path) -> plt.Figure:
+    """Dev rsum against minutes of training: the mean of a variant's seeds, and their range."""
+    fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for color, (name, seeds) in zip(
+        plt.cm.tab10.colors * 2, variants(folder).items(), strict=False
+    ):
+        curves = [[line["rsum"] for line in seed.lines if line["type"] == "dev"] for seed in seeds]
+        minutes = statistics.mean(60 * training_hours(seed.lines) for seed in seeds)
+        n = min(map(len, curves))
+        x = [minutes * (k + 1) / n for k in range(n)]
+        y = [statistics.mean(values) for values in zip(*(c[:n] for c in curves), strict=True)]
+        ends = list(zip(*(c[:n] for c in curves), strict=True))
+        ax.plot(x, y, "o-", ms=3, color=color, label=plain(ablations.VARIANTS[name].title))
+        ax.fill_between(x, [min(e) for e in ends], [max(e) for e in ends], color=color, alpha=0.15)
+    ax.set_xlabel("minutes of training")
+    ax.set_ylabel("dev rsum")
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False)
+    return fig
+
+
+# -- the paper's experiments ----------------------------------------------------------------------
+
+EXPERIMENTS = {  # script, train captions, epochs, protocols
+    "Flickr30K": ("scripts/train_f30k.sh", "scripts/eval_f30k.sh", 145_000, 50, "F30K 1K"),
+    "MS-COCO": ("scripts/train_coco.sh", "scripts/eval_coco.sh", 566_435, 50, "COCO 1K and 5K"),
+}
+
+
+def experiments_table(folder: Path) -> str:
+    """The commands, and how long they would take at the training step that was measured."""
+    rows = [
+        "| data | training | evaluation | protocol | steps | paper | ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    times = []
+    for name, (train, test, captions, epochs, protocol) in EXPERIMENTS.items():
+        rows.append(
+            f"| {name} | `bash {train}` | `bash {test}` | {protocol} "
+            f"| {captions // 128 * epochs:,} | see the paper | not measured yet |"
+        )
+    for file in sorted(folder.glob("*.json")):
+        rate, _, batch, machine = plan.measured(file)
+        work = plan.Work.of(batch)
+        step = (work.divided + work.products) / rate
+        hours = (
+            f"{name} {captions // batch * epochs * step / 3600:,.0f} h"
+            for name, (_, _, captions, epochs, _) in EXPERIMENTS.items()
+        )
+        times.append(f"{machine}, {step:.1f} s a step at batch {batch}: {', '.join(hours)}")
+    return "\n".join([*rows, "", f"Expected from the measured step. {'; '.join(times)}."])
+
+
 def figures(folder: Path, markdown: Callable[[dict], str]) -> str:
     """The tables of all files that a benchmark's --json wrote into a folder."""
     files = sorted(folder.glob("*.json"))
@@ -113,6 +301,9 @@ def main() -> None:
     opt = parser.parse_args()
     tables = {
         "results": table(opt.results),
+        "flickr8k": variants_table(opt.results / "flickr8k"),
+        "scenes": scenes_table(opt.results / "scenes"),
+        "experiments": experiments_table(opt.results / "speed"),
         "speed": figures(opt.results / "speed", benchmark.markdown),
         "distributed": figures(opt.results / "distributed", benchmark_distributed.markdown),
         "search": figures(opt.results / "search", benchmark_search.markdown),
@@ -122,6 +313,10 @@ def main() -> None:
         made = fill(made, name, content, opt.readme)
     if opt.write:
         opt.readme.write_text(made, encoding="utf-8")
+        fig = opt.readme.parent / "fig"
+        fig.mkdir(exist_ok=True)
+        scenes_figure(opt.results / "scenes").savefig(fig / "scenes.png", dpi=110)
+        variants_figure(opt.results / "flickr8k").savefig(fig / "flickr8k.png", dpi=110)
     elif opt.check:
         if text != made:
             print(f"{opt.readme}: its tables are not those of {opt.results}", file=sys.stderr)
