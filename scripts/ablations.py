@@ -64,8 +64,7 @@ class Set(NamedTuple):
 
 THREE = (0, 1, 2)
 FLICKR8K = dict.fromkeys(("lhsc", "released", "saf"), THREE) | {"scan": (0,), "vse": (0,)}
-SCENES = dict.fromkeys(("lhsc", "graph-only", "words-only", "saf"), THREE)
-SCENES |= dict.fromkeys(("local", "global", "scan", "vse"), THREE)
+SCENES = dict.fromkeys(("lhsc", "graph-only", "words-only", "saf", "scan", "vse"), THREE)
 SETS = {
     "flickr8k": Set(
         "--data_name f8k_precomp --embed_size 128 --sim_dim 32 --word_dim 100 --batch_size 32 "
@@ -74,8 +73,8 @@ SETS = {
         FLICKR8K | {"modern": THREE},
     ),
     "scenes": Set(
-        "--data_name scenes_precomp --embed_size 64 --sim_dim 32 --word_dim 100 --batch_size 64 "
-        "--embed_dropout 0.1 --pool_dropout 0.1 --learning_rate 2e-3 --warmup_epochs 2 "
+        "--data_name scenes_precomp --embed_size 128 --sim_dim 64 --word_dim 100 --batch_size 64 "
+        "--embed_dropout 0.1 --pool_dropout 0.1 --learning_rate 1e-3 --warmup_epochs 2 "
         "--num_epochs 10 --lr_update 8",
         SCENES,
         diagnose=True,

@@ -16,6 +16,13 @@ from model import LHSC
 from train import train_step
 
 SIZES = (8, 7, 5)  # of the batches; 7 and 5 do not divide by 2 or 3
+VARIANTS = {
+    "lhsc": {},
+    "attended": {"global_image": "attended"},
+    "local": {"alignment": "local"},
+    "scan": {"similarity": "scan"},
+    "vse": {"similarity": "vse"},
+}
 
 
 def batch(size: int, dtype: torch.dtype) -> Batch:
@@ -26,15 +33,23 @@ def batch(size: int, dtype: torch.dtype) -> Batch:
     for row, length in enumerate(lengths):
         captions[row, :length] = torch.randint(4, 30, (int(length),), generator=generator)
     images = torch.randn(size, 6, 10, generator=generator).to(dtype)
-    return Batch(images, captions, lengths, torch.arange(size), torch.arange(size))
+    # The second batch has images that stand in it twice.
+    image_index = torch.arange(size) // (2 if size == 7 else 1)
+    return Batch(images, captions, lengths, image_index, torch.arange(size))
 
 
 def main(out: str, dtype: torch.dtype) -> None:
     distributed.start(torch.device("cpu"))
+    results = {name: steps(dtype, **variant) for name, variant in VARIANTS.items()}
+    if distributed.is_first():
+        torch.save(results, out)
+
+
+def steps(dtype: torch.dtype, **variant: str) -> dict:
     torch.manual_seed(0)
     model = LHSC(
         30, 10, 6, embed_size=12, word_dim=8, sim_dim=6, graph_layers=2, text_layers=2,
-        embed_dropout=0, pool_dropout=0,
+        embed_dropout=0, pool_dropout=0, **variant,
     ).to(dtype)  # fmt: skip
     with torch.no_grad():  # the graph layers start as the identity: make them count
         for layer in model.image_encoder.graph.layers:
@@ -50,12 +65,11 @@ def main(out: str, dtype: torch.dtype) -> None:
         part = Batch(*(x[mine] for x in whole))
         longest = int(part.lengths.max())
         part = part._replace(captions=part.captions[:, :longest])
-        loss = train_step(model, optimizer, part, max_violation=k > 0)
+        same_image = "ignored" if k == 1 else "negative"
+        loss = train_step(model, optimizer, part, max_violation=k > 0, same_image=same_image)
         result["loss"].append(loss)
         result["grad"].append({n: p.grad.clone() for n, p in model.named_parameters()})
-    result["state"] = model.state_dict()
-    if distributed.is_first():
-        torch.save(result, out)
+    return result | {"state": model.state_dict()}
 
 
 if __name__ == "__main__":

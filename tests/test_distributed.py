@@ -57,10 +57,20 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-10), ("float32", 1e-5)])
 @pytest.mark.parametrize("n", [2, 3])
 def test_steps_are_those_of_one_process(alone, tmp_path, n, dtype, tolerance):
-    """Batches of 8, 7 and 5 over 2 and 3 processes, all negatives first, then the hardest."""
+    """Batches of 8, 7 and 5 over 2 and 3 processes, all negatives first, then the hardest.
+
+    In the second, captions of one image are no negatives of each other. Of the model and variants.
+    """
     run_all(n, tmp_path, ROOT / "tests/steps.py", "out.pt", dtype)
-    one, many = (torch.load(f, weights_only=True) for f in (alone / f"{dtype}.pt",
-                                                            tmp_path / "out.pt"))  # fmt: skip
+    alone, together = (torch.load(f, weights_only=True) for f in (alone / f"{dtype}.pt",
+                                                                  tmp_path / "out.pt"))  # fmt: skip
+    for variant in alone:
+        # In float32 other orders of summing show a little more in the cosines.
+        times = 1 if variant == "lhsc" or dtype == "float64" else 10
+        assert_same_steps(alone[variant], together[variant], times * tolerance)
+
+
+def assert_same_steps(one, many, tolerance):
     assert many["loss"] == pytest.approx(one["loss"], rel=tolerance)
     for ours, theirs in zip(many["grad"], one["grad"], strict=True):
         for name, grad in theirs.items():
