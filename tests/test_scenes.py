@@ -86,7 +86,7 @@ def holds(record, first, side, second):
 def test_same_seed_same_bytes(made, tmp_path):
     scenes.make_scenes(tmp_path / "again", 0, SIZES)
     files = sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file())
-    assert len(files) == 3 * 6 + 1 + sum(SIZES.values())
+    assert len(files) == 3 * 7 + 1 + sum(SIZES.values())
     for file in files:
         assert (made / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
@@ -253,6 +253,31 @@ def test_features_do_not_depend_on_the_block(monkeypatch):
     whole = scenes.region_features(pixels)
     monkeypatch.setattr(scenes, "FEATURE_BLOCK", 2)
     np.testing.assert_array_equal(scenes.region_features(pixels), whole)
+
+
+def test_foils_are_false_by_one_word(made):
+    """By the English reader: one object named is another, in one attribute, and not there."""
+    keys = ("count", "size", "colour", "shape")
+    for split in SIZES:
+        texts, scenes_of = lines(made, split, "caps.txt"), records(made, split)
+        found = {}
+        for foil in map(json.loads, lines(made, split, "foils.jsonl")):
+            right = texts[foil["caption"]]
+            found.setdefault(foil["caption"], []).append(foil["kind"])
+            changed = [(a, b) for a, b in zip(right.split(), foil["text"].split(), strict=True)
+                       if a != b]  # fmt: skip
+            assert len(changed) == 1, (right, foil)
+            (_, side, _, named), (_, same, _, others) = read(right), read(foil["text"])
+            assert same == side
+            ((true, false),) = [(a, b) for a, b in zip(named, others, strict=True) if a != b]
+            assert [k for k, a, b in zip(keys, true, false, strict=True) if a != b] == [
+                foil["kind"]
+            ]
+            assert false not in objects(scenes_of[foil["caption"] // 5])
+        for caption, text in enumerate(texts):
+            several = re.search(r"\b(two|three)\b", text.lower()) is not None
+            kinds = ["count"] * several + ["size", "colour", "shape"]
+            assert sorted(found[caption]) == sorted(kinds), text
 
 
 def test_features_of_other_sizes_are_refused():
