@@ -41,6 +41,10 @@ VARIANTS = {
     "cosine": Variant("LHSC, cosine schedule", "--lr_schedule cosine --lr_warmup 100"),
     "ema": Variant("LHSC, averaged weights", "--ema 0.999"),
     "decay": Variant("LHSC, weight decay", "--weight_decay 0.1"),
+    "batch": Variant(
+        "LHSC, batch 64, five epochs",
+        "--batch_size 64 --learning_rate 1.4e-3 --num_epochs 5 --lr_update 3",
+    ),
     "six-layers": Variant("six graph, six word layers", "--graph_layers 6 --text_layers 6"),
     "two-layers": Variant("two graph, two word layers", "--graph_layers 2 --text_layers 2"),
     "one-layer": Variant("one graph, one word layer", "--graph_layers 1 --text_layers 1"),
