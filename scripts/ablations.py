@@ -68,7 +68,9 @@ class Set(NamedTuple):
 
 THREE = (0, 1, 2)
 FLICKR8K = dict.fromkeys(("lhsc", "released", "saf"), THREE) | {"scan": (0,), "vse": (0,)}
-SCENES = dict.fromkeys(("lhsc", "graph-only", "words-only", "saf", "scan", "vse"), THREE)
+SCENES = dict.fromkeys(
+    ("lhsc", "graph-only", "words-only", "saf", "scan", "vse", "one-layer"), THREE
+)
 SETS = {
     "flickr8k": Set(
         "--data_name f8k_precomp --embed_size 128 --sim_dim 32 --word_dim 100 --batch_size 32 "

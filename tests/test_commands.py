@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -377,3 +378,19 @@ def test_intervals_are_printed_and_saved_and_runs_compared(trained):
     assert float(difference.split()[1].rstrip(",")) == pytest.approx(rsums[1] - rsums[0], abs=0.11)
     refused(run(folder, "evaluation.py", "--bootstrap", 1), "--bootstrap")
     refused(run(folder, "scripts/compare.py", "s.npy", "m.json", "--data_name", "tiny"), "m.json")
+
+
+@pytest.mark.parametrize("script, missing", [
+    ("train_f30k.sh", "f30k_precomp"), ("train_coco.sh", "coco_precomp"),
+    ("eval_f30k.sh", "runs/f30k/checkpoint"), ("eval_coco.sh", "runs/coco/checkpoint"),
+])  # fmt: skip
+def test_the_papers_commands_are_real(tmp_path, script, missing):
+    """Their options are understood; what they lack here is the data, or the model."""
+    shutil.copytree(ROOT, tmp_path / "repo", ignore=shutil.ignore_patterns(".*", "tests", "runs",
+                                                                           "data", "vocab"))  # fmt: skip
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", tmp_path / "repo/scripts" / script], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PATH": path, "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    refused(result, missing)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 from conftest import ROOT
+from diagnose import KINDS
+from PIL import Image
 from test_commands import refused, run
 
 
@@ -40,14 +42,37 @@ def results(tmp_path):
               "runs": [{"processes": n, "seconds": 8.0 / n} for n in (1, 2)]}  # fmt: skip
     (tmp_path / "results" / "distributed").mkdir()
     (tmp_path / "results" / "distributed" / "cpu.json").write_text(json.dumps(shared))
+    for variant, seed, rsum in (("lhsc", 0, 100.0), ("lhsc", 1, 104.0), ("vse", 0, 90.0)):
+        write_variant(tmp_path / "results", variant, seed, rsum)
     readme = tmp_path / "README.md"
     readme.write_text(
         "head\n<!-- results: begin -->\nold\n<!-- results: end -->\nbetween\n"
         "<!-- speed: begin -->\nold\n<!-- speed: end -->\n"
         "<!-- distributed: begin -->\nold\n<!-- distributed: end -->\n"
-        "<!-- search: begin -->\nold\n<!-- search: end -->\ntail\n"
+        "<!-- search: begin -->\nold\n<!-- search: end -->\n"
+        "<!-- flickr8k: begin -->\nold\n<!-- flickr8k: end -->\n"
+        "<!-- scenes: begin -->\nold\n<!-- scenes: end -->\n"
+        "<!-- experiments: begin -->\nold\n<!-- experiments: end -->\ntail\n"
     )
     return tmp_path
+
+
+def write_variant(results, variant, seed, rsum):
+    """A run of ablations.py on both of its data sets."""
+    header = {"type": "run", "seed": seed, "hardware": {"device": "a CPU", "threads": 1},
+              "parameters": 1_230_000, "arguments": {"embed_size": 8, "seed": seed}}  # fmt: skip
+    lines = [header, {"type": "train", "epoch": 0, "step": 600, "batch_time": 0.5},
+             {"type": "dev", "epoch": 0, "step": 600, "rsum": rsum + 10}]  # fmt: skip
+    ranks = {"r1": rsum / 10, "r5": 20.0, "r10": 30.0, "medr": 5.0, "meanr": 9.0}
+    test = {"i2t": ranks, "t2i": ranks, "rsum": rsum, "protocol": "X",
+            "bootstrap": {"samples": 100, "rsum": [rsum - 5, rsum + 7]}}  # fmt: skip
+    kinds = {kind: {"accuracy": rsum - 20, "questions": 9} for kind in KINDS}
+    for name in ("flickr8k", "scenes"):
+        folder = results / name / f"{variant}-s{seed}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (folder / "test.json").write_text(json.dumps(test))
+    (folder / "diagnosis.json").write_text(json.dumps(kinds))
 
 
 def command(folder, *arguments):
@@ -67,7 +92,28 @@ def test_the_table_is_written_and_checked(results):
     assert "| 1.0 / 2.0 (30 %) | – | – | – | – | 3.0 / 4.0 |" in text
     assert ("| a run | X 1K | 10.0 / 20.0 / 30.0 | 10.0 / 20.0 / 30.0 | **120.1** | 100.0 "
             "| 2, 1.1 h | a CPU, 2 threads | 3 |") in text  # fmt: skip
+    assert ("| LHSC | 2 | 10.2 ± 0.3 | 10.2 ± 0.3 | 112.0 ± 2.8 | **102.0 ± 2.8** | 97.0 – 109.0 "
+            "| 1.23 M | 5.0 min |") in text  # fmt: skip
+    assert "| VSE++ | 1 | 9.0 | 9.0 | 100.0 | **90.0** | 85.0 – 97.0 | 1.23 M | 5.0 min |" in text
+    assert ("| LHSC | 2 | 82.0 ± 2.8 | 82.0 ± 2.8 | 82.0 ± 2.8 | 82.0 ± 2.8 | 82.0 ± 2.8 "
+            "| 102.0 ± 2.8 | 1.23 M | 5.0 min |") in text  # fmt: skip
+    assert "| Flickr30K | `bash scripts/train_f30k.sh` |" in text and "56,600" in text
+    assert "Flickr30K 24 h" in text  # 1.5 s a step
     assert command(results, "--check").returncode == 0
+    for name in ("scenes.png", "flickr8k.png"):
+        with Image.open(results / "fig" / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_seeds_of_a_variant_differ_in_nothing_else(results):
+    path = results / "results/flickr8k/lhsc-s1/metrics.jsonl"
+    path.write_text(path.read_text().replace('"embed_size": 8', '"embed_size": 9'))
+    refused(command(results, "--write"), "lhsc", "different options")
+
+
+def test_a_variant_without_its_diagnosis_is_refused(results):
+    (results / "results/scenes/vse-s0/diagnosis.json").unlink()
+    refused(command(results, "--write"), "vse-s0", "diagnosis.json")
 
 
 def test_a_run_without_its_logs_is_refused(results):
@@ -77,7 +123,7 @@ def test_a_run_without_its_logs_is_refused(results):
 
 def test_what_is_no_benchmark_is_refused(results):
     (results / "results" / "speed" / "cpu.json").write_text("{}")
-    refused(command(results, "--check"), "speed", "machine")
+    refused(command(results, "--check"), "speed", "training")
 
 
 def test_this_readme_and_these_logs_agree():
