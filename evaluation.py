@@ -32,7 +32,8 @@ from data import Captions, PrecompDataset
 from errors import InputError, one_line
 from metrics import bootstrap_intervals, image_hits, mean_metrics, retrieval_metrics
 from model import LHSC
-from scoring import EncodedCaptions, EncodedImages, scorer
+from scoring import scorer
+from similarity import EncodedCaptions, EncodedImages
 from vocab import Vocabulary, vocab_file
 
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model import LHSC
-from similarity import with_local_alignments
+from similarity import EncodedCaptions, EncodedImages, with_local_alignments
 from vocab import Vocabulary, tokenize
 
 
@@ -50,9 +50,9 @@ def explain_embedded(
     tokens, ids = tokenize(caption), vocab.encode(caption)
     lengths = torch.tensor([len(ids)], device=device)
     word_emb = model.text_encoder(torch.tensor([ids], device=device), lengths)  # (L, D)
-    image_global = similarity.image_global(region_emb)
+    images = EncodedImages(region_emb, similarity.image_global(region_emb))
     caption_global = similarity.caption_global(word_emb, lengths)
-    encoded = (region_emb, image_global, word_emb, caption_global, lengths)
+    encoded = images, EncodedCaptions(word_emb, caption_global, lengths)
     aligned = similarity.alignments(*encoded)
     attention = aligned.weights[0] / aligned.weights[0].sum(-1, keepdim=True)  # (L, R)
     globl_gate, region_weights, word_weights = 0.0, np.zeros(model.num_regions), np.zeros(len(ids))
@@ -62,7 +62,7 @@ def explain_embedded(
         if similarity.region_pooling is not None:
             weights = similarity.region_pooling.weights(region_emb)[0]
         else:
-            weights = similarity.global_regions(aligned.weights, *encoded[:2], lengths)[0][0, 0]
+            weights = similarity.global_regions(aligned.weights, *images, lengths)[0][0, 0]
             weights = weights / weights.sum()
         region_weights = weights.cpu().numpy()
     return Explanation(

@@ -43,8 +43,8 @@ from torch import Tensor
 from attention import word_mean
 from errors import InputError
 from model import LHSC
-from scoring import EncodedCaptions, EncodedImages, scorer
-from similarity import Similarity, with_local_alignments
+from scoring import scorer
+from similarity import EncodedCaptions, EncodedImages, Similarity, with_local_alignments
 from vocab import Vocabulary
 
 FLAT = 200_000  # images up to which all candidate vectors are compared

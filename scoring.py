@@ -33,27 +33,7 @@ from torch import Tensor
 from alignment import linear
 from attention import EPS, SHARPNESS, inverse_length, owner_of
 from errors import InputError
-from similarity import Similarity, SimilarityEncoder
-
-
-class EncodedImages(NamedTuple):
-    region_emb: Tensor  # (B, R, D)
-    image_global: Tensor  # (B, D)
-
-    def rows(self, rows: slice) -> EncodedImages:
-        return EncodedImages(self.region_emb[rows], self.image_global[rows])
-
-
-class EncodedCaptions(NamedTuple):
-    word_emb: Tensor  # (W, D) words of all captions end to end
-    caption_global: Tensor  # (C, D)
-    lengths: Tensor  # (C,)
-
-    def rows(self, rows: slice) -> EncodedCaptions:
-        ends = self.lengths.cumsum(0)
-        first = int(ends[rows.start - 1]) if rows.start else 0
-        words = self.word_emb[first : int(ends[rows.stop - 1])]
-        return EncodedCaptions(words, self.caption_global[rows], self.lengths[rows])
+from similarity import EncodedCaptions, EncodedImages, Similarity, SimilarityEncoder
 
 
 class BlockSize(NamedTuple):
@@ -122,8 +102,8 @@ class PlainScorer:
         ones: Tensor,
     ) -> Tensor:
         """(b, R, D), (b, D), (w, D), c captions, owner (w,), ones (c, w) -> sims (b, c)."""
-        globl, lengths = captions.caption_global, captions.lengths
-        return self.similarity.score(regions, image_global, words, globl, lengths)
+        images = EncodedImages(regions, image_global)
+        return self.similarity.score(images, captions._replace(word_emb=words))
 
 
 class Scorer(PlainScorer):

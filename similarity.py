@@ -38,6 +38,26 @@ from distributed import gather, total
 from errors import InputError
 
 
+class EncodedImages(NamedTuple):
+    region_emb: Tensor  # (B, R, D)
+    image_global: Tensor  # (B, D)
+
+    def rows(self, rows: slice) -> EncodedImages:
+        return EncodedImages(self.region_emb[rows], self.image_global[rows])
+
+
+class EncodedCaptions(NamedTuple):
+    word_emb: Tensor  # (W, D) words of all captions end to end
+    caption_global: Tensor  # (C, D)
+    lengths: Tensor  # (C,)
+
+    def rows(self, rows: slice) -> EncodedCaptions:
+        ends = self.lengths.cumsum(0)
+        first = int(ends[rows.start - 1]) if rows.start else 0
+        words = self.word_emb[first : int(ends[rows.stop - 1])]
+        return EncodedCaptions(words, self.caption_global[rows], self.lengths[rows])
+
+
 class Similarity(nn.Module):
     """What all of them share; `score` is each one's own."""
 
@@ -54,22 +74,14 @@ class Similarity(nn.Module):
 
         In a training of several processes C are the captions of all of them.
         """
-        image_global = self.image_global(region_emb)  # (B, D)
-        caption_global = self.caption_global(word_emb, lengths)  # (C, D)
+        images = EncodedImages(region_emb, self.image_global(region_emb))
+        captions = EncodedCaptions(word_emb, self.caption_global(word_emb, lengths), lengths)
         if self.training:
-            word_emb, caption_global = gather(word_emb), gather(caption_global)
-            lengths = gather(lengths)
-        return self.score(region_emb, image_global, word_emb, caption_global, lengths)
+            captions = EncodedCaptions(*map(gather, captions))
+        return self.score(images, captions)
 
-    def score(
-        self,
-        region_emb: Tensor,
-        image_global: Tensor,
-        word_emb: Tensor,
-        caption_global: Tensor,
-        lengths: Tensor,
-    ) -> Tensor:
-        """(B, R, D), (B, D), (W, D), (C, D), lengths (C,) -> sims (B, C)."""
+    def score(self, images: EncodedImages, captions: EncodedCaptions) -> Tensor:
+        """The scores of B images with C captions: (B, C)."""
         raise NotImplementedError
 
 
@@ -171,33 +183,20 @@ class SimilarityEncoder(Similarity):
             return super().caption_global(word_emb, lengths)
         return self.word_pooling(word_emb, lengths)
 
-    def score(
-        self,
-        region_emb: Tensor,
-        image_global: Tensor,
-        word_emb: Tensor,
-        caption_global: Tensor,
-        lengths: Tensor,
-    ) -> Tensor:
-        """(B, R, D), (B, D), (W, D), (C, D), lengths (C,) -> sims (B, C) in (0, 1)."""
-        aligned = self.alignments(region_emb, image_global, word_emb, caption_global, lengths)
-        sim = 0
+    def score(self, images: EncodedImages, captions: EncodedCaptions) -> Tensor:
+        """The scores of B images with C captions: (B, C) in (0, 1)."""
+        aligned, sim = self.alignments(images, captions), 0
         if aligned.local is not None:
-            gate, owner = aligned.local_gate, owner_of(lengths)
-            sim = GatedSum.apply(gate, aligned.local, owner, len(lengths))
+            gate, owner = aligned.local_gate, owner_of(captions.lengths)
+            sim = GatedSum.apply(gate, aligned.local, owner, len(captions.lengths))
         if aligned.globl is not None:
             sim = sim + aligned.globl_gate.unsqueeze(-1) * aligned.globl
         return torch.sigmoid(self.score_fc(l2norm(sim)).squeeze(-1))  # l2norm of (B, C, S)
 
-    def alignments(
-        self,
-        region_emb: Tensor,
-        image_global: Tensor,
-        word_emb: Tensor,
-        caption_global: Tensor,
-        lengths: Tensor,
-    ) -> Alignments:
-        """All that a score is made of: (B, R, D), (B, D), (W, D), (C, D), lengths (C,)."""
+    def alignments(self, images: EncodedImages, captions: EncodedCaptions) -> Alignments:
+        """All that a score is made of."""
+        region_emb, image_global = images
+        word_emb, caption_global, lengths = captions
         owner, n_captions = owner_of(lengths), len(lengths)
         weights = local = globl = None
         logits, owners, counts = [], [], torch.zeros_like(lengths)
@@ -307,19 +306,12 @@ def by_images(
 class AttendedCosine(Similarity):
     """SCAN, text to image: the mean over words of their cosine with what they attend to."""
 
-    def score(
-        self,
-        region_emb: Tensor,
-        image_global: Tensor,
-        word_emb: Tensor,
-        caption_global: Tensor,
-        lengths: Tensor,
-    ) -> Tensor:
+    def score(self, images: EncodedImages, captions: EncodedCaptions) -> Tensor:
+        (region_emb, _), (word_emb, _, lengths) = images, captions
+        owner, n_captions = owner_of(lengths), len(lengths)
         numbers = len(word_emb) * region_emb.shape[1]
-        cosines = by_images(
-            attended_cosine, numbers, (region_emb,), word_emb, owner_of(lengths), len(lengths)
-        )
-        return segment_sum(cosines, owner_of(lengths), len(lengths), dim=1) / lengths
+        cosines = by_images(attended_cosine, numbers, (region_emb,), word_emb, owner, n_captions)
+        return segment_sum(cosines, owner, n_captions, dim=1) / lengths
 
 
 def attended_cosine(region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int) -> Tensor:
@@ -332,12 +324,5 @@ def attended_cosine(region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_capti
 class MeanCosine(Similarity):
     """VSE++: the cosine of the mean region and the mean word."""
 
-    def score(
-        self,
-        region_emb: Tensor,
-        image_global: Tensor,
-        word_emb: Tensor,
-        caption_global: Tensor,
-        lengths: Tensor,
-    ) -> Tensor:
-        return image_global @ caption_global.T
+    def score(self, images: EncodedImages, captions: EncodedCaptions) -> Tensor:
+        return images.image_global @ captions.caption_global.T

@@ -55,7 +55,8 @@ from evaluation import (
 )
 from metrics import retrieval_metrics
 from model import LHSC, triplet_loss
-from scoring import EncodedCaptions, EncodedImages, Scorer
+from scoring import Scorer
+from similarity import EncodedCaptions, EncodedImages
 from train import cpu_name, train_step
 from vocab import SPECIAL_TOKENS, Vocabulary
 

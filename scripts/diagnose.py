@@ -35,7 +35,7 @@ from evaluation import (
     write_whole,
 )
 from model import LHSC
-from scoring import EncodedCaptions, EncodedImages
+from similarity import EncodedCaptions, EncodedImages
 from vocab import Vocabulary
 
 KINDS = ("relation", "shape", "colour", "size", "count")
