@@ -56,17 +56,22 @@ class Alignment(torch.autograd.Function):
 
     weights (B, W, R), regions (B, R, D), words (W, D), P (S, D), p (S,), a (S,), a₀ (1,)
     -> alignments (B, W, S), logits of their gates (B, W).
-    eps is added to the length in l2norm; an all-zero row gets a zero gradient.
+    eps is added to the length in l2norm; an all-zero row gets a zero gradient. `dtype` is that of
+    the matrix products and the difference, None for the inputs'; sums and what comes out have the
+    inputs'.
     """
 
     @staticmethod
-    def forward(ctx, weights, regions, words, P, p, a, a0, eps):
+    def forward(ctx, weights, regions, words, P, p, a, a0, eps, dtype=None):
         (n_images, n_words, _), (S, D) = weights.shape, P.shape
         aligned = weights.new_empty(n_images, n_words, S)
         logits, length = (weights.new_empty(n_images, n_words) for _ in range(2))
+        weights, regions, words, P, p = (
+            x.to(dtype or x.dtype) for x in (weights, regions, words, P, p)
+        )
         for i, j in blocks(n_images, n_words, D, weights.device.type):
             squared = _difference(weights[i, j], regions[i], words[j]).square_()
-            x = linear(squared, P, p)  # (b, w, S)
+            x = linear(squared, P, p).to(aligned.dtype)  # (b, w, S)
             size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             length[i, j] = size.squeeze(-1)
             s = torch.mul(x, _inverse(size, eps), out=aligned[i, j])
@@ -80,9 +85,11 @@ class Alignment(torch.autograd.Function):
     def backward(ctx, grad_aligned, grad_logits):
         weights, regions, words, P, a, aligned, length = ctx.saved_tensors
         (n_images, n_words, _), D = weights.shape, P.shape[1]
-        grad_weights, grad_regions = torch.empty_like(weights), torch.zeros_like(regions)
-        grad_words, grad_P, twice_P = torch.zeros_like(words), torch.zeros_like(P), 2 * P
-        grad_p, grad_a = torch.zeros_like(P[:, 0]), torch.zeros_like(a)
+        grad_weights = torch.empty_like(weights, dtype=a.dtype)
+        grad_regions, grad_words, grad_P = (
+            torch.zeros_like(x, dtype=a.dtype) for x in (regions, words, P)
+        )
+        grad_p, grad_a, twice_P = torch.zeros_like(grad_P[:, 0]), torch.zeros_like(a), 2 * P
         buffers = None
         for i, j in blocks(n_images, n_words, D, weights.device.type):
             s, size = aligned[i, j], length[i, j].unsqueeze(-1)  # (b, w, S), (b, w, 1)
@@ -94,22 +101,32 @@ class Alignment(torch.autograd.Function):
             grad = grad.mul_(_inverse(size, ctx.eps)).addcmul_(s, along, value=-1)  # of x
             grad_p += grad.sum((0, 1))
 
-            grad = grad.flatten(0, 1)  # (b w, S)
+            grad = grad.flatten(0, 1).to(P.dtype)  # (b w, S)
             if buffers is None:  # the first block is the largest
                 buffers = weights.new_empty(2, len(grad) * D)
             shape = (*size.shape[:2], D)
             difference, other = (buffer[: len(grad) * D].view(shape) for buffer in buffers)
             _difference(weights[i, j], regions[i], words[j], out=difference)
             squared = torch.mul(difference, difference, out=other).flatten(0, 1)
-            grad_P.addmm_(grad.T, squared)
+            add_product(grad_P, grad.T, squared)
             torch.mm(grad, twice_P, out=squared)
             grad_difference = other.mul_(difference)
             grad_weights[i, j] = grad_difference @ regions[i].transpose(1, 2)
-            grad_regions[i].baddbmm_(weights[i, j].transpose(1, 2), grad_difference)
+            add_product(grad_regions[i], weights[i, j].transpose(1, 2), grad_difference)
             for one in grad_difference:
                 grad_words[j] -= one
         grad_a0 = grad_logits.sum().view(1)
-        return grad_weights, grad_regions, grad_words, grad_P, grad_p, grad_a, grad_a0, None
+        return grad_weights, grad_regions, grad_words, grad_P, grad_p, grad_a, grad_a0, None, None
+
+
+def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """sums += a b, of two or three axes, in the dtype of the sums whatever that of a and b."""
+    if sums.dtype != b.dtype:
+        sums += a @ b
+    elif sums.dim() == 2:
+        sums.addmm_(a, b)
+    else:
+        sums.baddbmm_(a, b)
 
 
 def _difference(

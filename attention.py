@@ -201,16 +201,24 @@ class AttendedPooling(nn.Module):
 # -- words over regions ---------------------------------------------------------------------------
 
 
-def cross_attention(region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int) -> Tensor:
+def cross_attention(
+    region_emb: Tensor,
+    word_emb: Tensor,
+    owner: Tensor,
+    n_captions: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Word-guided attention over the regions of each image.
 
     A = leaky_relu₀.₁(q v), each region's column divided by its length over the words of the
     caption, softmax over regions of SHARPNESS · A.
 
     region_emb (B, R, D), word_emb (W, D), owner (W,) -> weights (B, W, R), rows sum to 1.
+    dtype: of the product q v, None for the inputs'.
     """
     n_images, n_regions, _ = region_emb.shape
-    affinity = F.leaky_relu(word_emb @ region_emb.flatten(0, 1).T, 0.1)  # (W, B R): one product
+    regions, words = (x.to(dtype or x.dtype) for x in (region_emb.flatten(0, 1), word_emb))
+    affinity = F.leaky_relu((words @ regions.T).to(word_emb.dtype), 0.1)  # (W, B R): one product
     affinity = affinity.view(-1, n_images, n_regions)  # (W, B, R)
     squared = segment_sum(affinity.square(), owner, n_captions, dim=0)  # (C, B, R)
     scale = SHARPNESS * inverse_length(safe_sqrt(squared))

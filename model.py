@@ -33,7 +33,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, R, img_dim) -> region_emb (B, R, D)."""
-        region_emb = self.graph(self.fc(images))
+        region_emb = self.graph(self.fc(images).to(images.dtype))
         return region_emb if self.no_imgnorm else l2norm(region_emb)
 
     def folded(self) -> ImageEncoder:
@@ -83,7 +83,7 @@ class TextEncoder(nn.Module):
             words = layer(words, mask if self.padding == "masked" else None)
         packed = pack_padded_sequence(words, lengths.cpu(), batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
-        word_emb = hidden[mask[:, : hidden.shape[1]]]  # (W, D or 2 D)
+        word_emb = hidden[mask[:, : hidden.shape[1]]].to(words.dtype)  # (W, D or 2 D)
         if self.gru.bidirectional:
             word_emb = torch.stack(word_emb.chunk(2, dim=-1)).mean(0)
         return word_emb if self.no_txtnorm else l2norm(word_emb)
@@ -149,10 +149,20 @@ class LHSC(nn.Module):
         else:
             self.similarity = AttendedCosine() if similarity == "scan" else MeanCosine()
 
+    def mixed_precision(self) -> LHSC:
+        """For training: large matrix products in bfloat16; weights, sums and scores stay float32.
+
+        The encoders run under autocast, the similarity casts what it multiplies.
+        """
+        self.similarity.product_dtype = torch.bfloat16
+        return self
+
     def forward(self, images: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
         """images (B, R, img_dim), captions (C, L), lengths (C,) -> sims (B, C)."""
-        region_emb = self.image_encoder(images)
-        word_emb = self.text_encoder(captions, lengths)
+        mixed = self.similarity.product_dtype is not None
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=mixed):
+            region_emb = self.image_encoder(images)
+            word_emb = self.text_encoder(captions, lengths)
         return self.similarity(region_emb, word_emb, lengths)
 
 

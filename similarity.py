@@ -59,7 +59,12 @@ class EncodedCaptions(NamedTuple):
 
 
 class Similarity(nn.Module):
-    """What all of them share; `score` is each one's own."""
+    """What all of them share; `score` is each one's own.
+
+    product_dtype: of the large matrix products, None for that of the embeddings.
+    """
+
+    product_dtype: torch.dtype | None = None
 
     def image_global(self, region_emb: Tensor) -> Tensor:
         """One vector an image: (B, R, D) -> (B, D); the mean region, unless it is learned."""
@@ -222,7 +227,9 @@ class SimilarityEncoder(Similarity):
         region_emb (B, R, D), word_emb (W, D) -> (B, W, R).
         """
         numbers = len(word_emb) * region_emb.shape[1]
-        return by_images(unit_attention, numbers, (region_emb,), word_emb, owner, n_captions)
+        return by_images(
+            unit_attention, numbers, (region_emb,), word_emb, owner, n_captions, self.product_dtype
+        )
 
     def global_regions(
         self, weights: Tensor | None, region_emb: Tensor, image_global: Tensor, lengths: Tensor
@@ -246,7 +253,8 @@ class SimilarityEncoder(Similarity):
         weights (B, W, R), regions (B, R, D), words (W, D) -> (B, W, S), (B, W).
         """
         a, a0 = self.gate_fc.weight[0], self.gate_fc.bias
-        return Alignment.apply(weights, regions, words, fc.weight, fc.bias, a, a0, EPS)
+        parameters = fc.weight, fc.bias, a, a0
+        return Alignment.apply(weights, regions, words, *parameters, EPS, self.product_dtype)
 
     def gates(
         self, logits: list[Tensor], owners: list[Tensor], counts: Tensor
@@ -277,9 +285,15 @@ def with_local_alignments(similarity: Similarity) -> SimilarityEncoder:
     )
 
 
-def unit_attention(region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int) -> Tensor:
+def unit_attention(
+    region_emb: Tensor,
+    word_emb: Tensor,
+    owner: Tensor,
+    n_captions: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """cross_attention, divided by the length of what it attends to: (B, W, R)."""
-    weights = cross_attention(region_emb, word_emb, owner, n_captions)
+    weights = cross_attention(region_emb, word_emb, owner, n_captions, dtype)
     return unit_weights(weights, region_emb)
 
 

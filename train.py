@@ -148,6 +148,12 @@ def options() -> argparse.ArgumentParser:
     add("--lr_warmup", default=0, type=at_least(0), help="first steps, with a rising learning rate")
     add("--weight_decay", default=0.0, type=not_negative, help="decoupled, of AdamW")
     add("--ema", default=0.0, type=rate, help="decay of averaged weights; 0 = none, or e.g. 0.999")
+    add(
+        "--precision",
+        default="fp32",
+        choices=["fp32", "bf16"],
+        help="bf16: large matrix products in bfloat16, weights and sums in float32",
+    )
     add("--grad_clip", default=2.0, type=not_negative, help="gradient norm; 0 = no clipping")
     add("--margin", default=0.2, type=not_negative, help="of the hinge loss")
     add("--max_violation", default=True, action=switch, help="only the hardest negative counts")
@@ -562,6 +568,8 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
     np.random.seed(opt.seed)
     torch.manual_seed(opt.seed)
     model = LHSC(**{name: getattr(opt, name) for name in MODEL_OPTIONS}).to(device)
+    if opt.precision == "bf16":
+        model.mixed_precision()
     average = copy.deepcopy(model).requires_grad_(False) if opt.ema else None
     # Without weight decay AdamW is Adam.
     optimizer = torch.optim.AdamW(

@@ -41,6 +41,7 @@ VARIANTS = {
     "cosine": Variant("LHSC, cosine schedule", "--lr_schedule cosine --lr_warmup 100"),
     "ema": Variant("LHSC, averaged weights", "--ema 0.999"),
     "decay": Variant("LHSC, weight decay", "--weight_decay 0.1"),
+    "bf16": Variant("LHSC, `--precision bf16`", "--precision bf16"),
     "batch": Variant(
         "LHSC, batch 64, five epochs",
         "--batch_size 64 --learning_rate 1.4e-3 --num_epochs 5 --lr_update 3",

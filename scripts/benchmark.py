@@ -21,6 +21,7 @@ of a 2048³ one: (4 R D + 2 D S) operations a word and image, 2 D S a caption an
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -291,8 +292,9 @@ def training(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bo
 
     result: dict = {"batch": size}
     step: dict[str, Callable[[], object]] = {}
-    seconds: dict[str, list[float]] = {"loop": [], "ours": []}
-    for name, model in (("loop", released), ("ours", ours)):
+    models = {"loop": released, "ours": ours, "bf16": copy.deepcopy(ours).mixed_precision()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for name, model in models.items():
         model.train()
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
         step[name] = lambda model=model, optimizer=optimizer: train_step(model, optimizer, batch)
@@ -309,6 +311,7 @@ def training(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bo
         model.eval()
         model.zero_grad()
     result["ratio"] = median_ratio(seconds["loop"], seconds["ours"])
+    result["bf16"]["ratio"] = median_ratio(seconds["loop"], seconds["bf16"])
     result["saved_ratio"] = (
         result["loop"]["saved_activations"] / result["ours"]["saved_activations"]
     )
@@ -537,11 +540,14 @@ def markdown(result: dict) -> str:
     rows = []
     if "training" in result:
         t = result["training"]
-        for key, name in (("loop", "released loop"), ("ours", "here")):
-            ratio = f"{t['ratio']:.2f}×" if key == "ours" else "1×"
+        ratios = {"loop": "1×", "ours": f"{t['ratio']:.2f}×"}
+        names = {"loop": "released loop", "ours": "here"}
+        if "bf16" in t:
+            ratios["bf16"], names["bf16"] = f"{t['bf16']['ratio']:.2f}×", "`--precision bf16`"
+        for key, name in names.items():
             rows.append(
                 f"| training step, batch {t['batch']}, {name} | {t[key]['seconds']:.2f} s "
-                f"| {ratio} | {size(t[key]['saved_activations'])} saved for backward, "
+                f"| {ratios[key]} | {size(t[key]['saved_activations'])} saved for backward, "
                 f"{size(t[key]['peak_memory'])} at the peak |"
             )
     if "encoding" in result:

@@ -44,6 +44,24 @@ def test_alignments_equal_the_plain_version(monkeypatch, images_a_block):
     assert_same(Alignment.apply(*inputs, 1e-8), plain(*inputs), inputs)
 
 
+def test_products_in_bfloat16_come_close(monkeypatch):
+    """Values and gradients in float32, as wrong as rounding to eight bits makes them."""
+    sizes = {"n_images": 6, "n_words": 7, "num_regions": 36, "embed_size": 256, "sim_dim": 64}
+    inputs = [x.detach().float().requires_grad_() for x in arguments(**sizes)]
+    with torch.no_grad():  # as in a model: weights of 36 regions, rows of length 1
+        inputs[0].abs_().div_(36)
+        inputs[1].div_(16)
+        inputs[2].div_(16)
+    monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", 3 * 7 * 256)
+    ours, exact = Alignment.apply(*inputs, 1e-8, torch.bfloat16), plain(*inputs)
+    grads = [torch.randn_like(x) for x in exact]
+    found, expected = (torch.autograd.grad(x, inputs, grads) for x in (ours, exact))
+    for a, b in zip((*ours, *found), (*exact, *expected), strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm().item() < 0.02 * b.norm().item()
+    assert not torch.allclose(ours[0], exact[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("images_a_block", [0, 0.4, 1, 2, 100])  # 0.4: some words of one
 def test_gated_sums_equal_the_plain_version(monkeypatch, images_a_block):
     monkeypatch.setitem(alignment.BLOCK_NUMEL, "cpu", int(images_a_block * 7 * 3))

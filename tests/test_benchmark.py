@@ -9,6 +9,7 @@ from conftest import ROOT
 from test_commands import refused, run, trained  # noqa: F401 (a fixture)
 
 CPU = torch.device("cpu")
+MACHINE = {"machine": {"device": "a CPU", "threads": 2, "torch": "2.0"}}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,9 @@ def test_training_and_encoding(small, monkeypatch):
     )
     training = benchmark.training(*small, CPU, quick=True)
     assert training["saved_ratio"] > 1 and training["ratio"] > 0
+    assert training["bf16"]["saved_activations"] < training["ours"]["saved_activations"]
+    assert "`--precision bf16`" in benchmark.markdown({"training": training} | MACHINE)
+    assert small[1].similarity.product_dtype is None  # as it was
     encoding = benchmark.encoding(*small, CPU, quick=True)
     assert encoding["memory_ratio"] > 3
     assert small[1].text_encoder.padding == "released"  # as it was

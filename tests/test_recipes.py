@@ -8,7 +8,7 @@ import torch
 from test_commands import SMALL, refused, run
 
 from checkpoint import load_checkpoint, load_newest, model_from
-from model import LHSC
+from model import LHSC, triplet_loss
 from train import RECIPES, learning_rate, options, parse, train_step, update_average
 
 
@@ -138,3 +138,31 @@ def test_the_averaged_weights_are_evaluated_and_resumed(tiny):
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(tiny, options, words):
     refused(run(tiny, "train.py", *SMALL, *options), words)
+
+
+def test_mixed_precision_keeps_weights_and_scores_in_float32():
+    """Loss and gradients are close to those of float32, and not the same."""
+    torch.manual_seed(3)
+    model = LHSC(50, 64, 36, 64, 32, 32, embed_dropout=0, pool_dropout=0).train()
+    captions, lengths = torch.randint(4, 50, (8, 9)), torch.tensor([9, 9, 8, 7, 7, 5, 4, 3])
+    images = torch.randn(8, 36, 64)
+
+    def gradient():
+        model.zero_grad()
+        sims = model(images, captions, lengths)
+        assert sims.dtype == torch.float32
+        triplet_loss(sims, max_violation=False).backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        return sims.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    (sims, exact), (rounded, found) = gradient(), (model.mixed_precision(), gradient())[1]
+    assert 0 < (sims - rounded).std() < 0.1 * sims.std()
+    assert 0.98 < torch.cosine_similarity(exact, found, dim=0) < 1
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [(), ("--similarity", "scan"), ("--global_image", "attended")])
+def test_a_run_in_mixed_precision(tiny, options):
+    result = run(tiny, "train.py", *SMALL, "--precision", "bf16", "--num_epochs", "1", *options)
+    assert result.returncode == 0, result.stderr
+    assert run(tiny, "evaluation.py").returncode == 0
