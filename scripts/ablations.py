@@ -53,8 +53,8 @@ VARIANTS = {
     "words-only": Variant("word layers only", "--graph_layers 0"),
     "local": Variant("LHSC, local alignments only", "--alignment local"),
     "global": Variant("LHSC, global alignment only", "--alignment global"),
-    "saf": Variant("SAF (neither)", "--graph_layers 0 --text_layers 0"),
-    "scan": Variant("SCAN t2i", "--similarity scan --graph_layers 0 --text_layers 0"),
+    "saf": Variant("SAF (no graph, no word layers)", "--graph_layers 0 --text_layers 0"),
+    "scan": Variant("SCAN, text to image", "--similarity scan --graph_layers 0 --text_layers 0"),
     "vse": Variant("VSE++", "--similarity vse --graph_layers 0 --text_layers 0"),
 }
 

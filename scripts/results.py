@@ -195,7 +195,7 @@ def plain(title: str) -> str:
 
 
 def scenes_figure(folder: Path) -> plt.Figure:
-    """What each variant gets right of each kind: a dot a seed, a line at their mean."""
+    """What each variant gets right of each kind: a bar to the mean, a dot a seed."""
     found = list(variants(folder).items())[::-1]
     fig, axes = plt.subplots(
         1, len(diagnose.KINDS), figsize=(12, 0.8 + 0.36 * len(found)), sharey=True,
@@ -204,7 +204,7 @@ def scenes_figure(folder: Path) -> plt.Figure:
     for ax, kind in zip(axes, diagnose.KINDS, strict=True):
         for y, (_, seeds) in enumerate(found):
             values = [seed.diagnosis()[kind]["accuracy"] for seed in seeds]
-            ax.plot([50, statistics.mean(values)], [y, y], color="#8fb3d9", lw=7, zorder=1)
+            ax.barh(y, statistics.mean(values) - 50, left=50, height=0.5, color="#a9c6e3")
             ax.plot(values, [y] * len(values), "o", color="#1f4e79", ms=4)
         ax.set_title(kind, fontsize=11)
         ax.set_xlim(45, 101)
@@ -219,7 +219,7 @@ def scenes_figure(folder: Path) -> plt.Figure:
 
 def variants_figure(folder: Path) -> plt.Figure:
     """Dev rsum against minutes of training: the mean of a variant's seeds, and their range."""
-    fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    fig, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
     for color, (name, seeds) in zip(
         plt.cm.tab10.colors * 2, variants(folder).items(), strict=False
     ):
@@ -235,7 +235,7 @@ def variants_figure(folder: Path) -> plt.Figure:
     ax.set_ylabel("dev rsum")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return fig
 
 
