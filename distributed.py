@@ -224,6 +224,7 @@ class BatchNorm1d(nn.BatchNorm1d):
         """x (N, C) or (N, C, L), statistics of each channel over the rest and all ranks."""
         if size() == 1 or not self.training:
             return super().forward(x)
+        x = x.to(self.running_mean.dtype)  # of mixed precision's bfloat16, too
         rest = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
         n = total(x.new_tensor(x.numel() / x.shape[1]))

@@ -41,16 +41,20 @@ def batch(size: int, dtype: torch.dtype) -> Batch:
 def main(out: str, dtype: torch.dtype) -> None:
     distributed.start(torch.device("cpu"))
     results = {name: steps(dtype, **variant) for name, variant in VARIANTS.items()}
+    if dtype == torch.float32:
+        results["bf16"] = steps(dtype, mixed=True)
     if distributed.is_first():
         torch.save(results, out)
 
 
-def steps(dtype: torch.dtype, **variant: str) -> dict:
+def steps(dtype: torch.dtype, mixed: bool = False, **variant: str) -> dict:
     torch.manual_seed(0)
     model = LHSC(
         30, 10, 6, embed_size=12, word_dim=8, sim_dim=6, graph_layers=2, text_layers=2,
         embed_dropout=0, pool_dropout=0, **variant,
     ).to(dtype)  # fmt: skip
+    if mixed:
+        model.mixed_precision()
     with torch.no_grad():  # the graph layers start as the identity: make them count
         for layer in model.image_encoder.graph.layers:
             layer.bn.weight.uniform_(0.5, 1)

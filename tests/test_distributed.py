@@ -64,10 +64,19 @@ def test_steps_are_those_of_one_process(alone, tmp_path, n, dtype, tolerance):
     run_all(n, tmp_path, ROOT / "tests/steps.py", "out.pt", dtype)
     alone, together = (torch.load(f, weights_only=True) for f in (alone / f"{dtype}.pt",
                                                                   tmp_path / "out.pt"))  # fmt: skip
-    for variant in alone:
+    if "bf16" in together:  # in float32 only
+        assert_close_steps(alone.pop("bf16"), together.pop("bf16"))
+    for variant in together:
         # In float32 other orders of summing show a little more in the cosines.
         times = 1 if variant == "lhsc" or dtype == "float64" else 10
         assert_same_steps(alone[variant], together[variant], times * tolerance)
+
+
+def assert_close_steps(one, many):
+    """Of mixed precision: what is rounded to eight bits differs, and then the hardest negatives."""
+    assert many["loss"] == pytest.approx(one["loss"], rel=0.02)
+    first, other = (torch.cat([g.flatten() for g in x["grad"][0].values()]) for x in (one, many))
+    assert torch.cosine_similarity(first, other, dim=0) > 0.99
 
 
 def assert_same_steps(one, many, tolerance):
