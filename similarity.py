@@ -104,12 +104,12 @@ class CaptionBatchNorm(nn.BatchNorm1d):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def forward(self, gates: Tensor, owner: Tensor, counts: Tensor) -> Tensor:
-        """gates (B, N), the caption of each owner (N,), how many it has counts (C,) -> (B, N)."""
+    def forward(self, gates: Tensor, owner: Tensor, n_captions: int) -> Tensor:
+        """gates (B, N), and the caption of each, owner (N,) -> (B, N)."""
         if not self.training:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             return gates * scale + (self.bias - self.running_mean * scale)
-        n, n_captions = total(counts.new_tensor(len(gates))) * counts, len(counts)  # (C,)
+        n = total(owner.new_tensor(len(gates))) * owner.bincount(minlength=n_captions)  # (C,)
         mean = total(segment_sum(gates.sum(0), owner, n_captions, dim=0)) / n
         squares = (gates - mean[owner]).square().sum(0)
         squares = total(segment_sum(squares, owner, n_captions, dim=0))
@@ -204,18 +204,18 @@ class SimilarityEncoder(Similarity):
         word_emb, caption_global, lengths = captions
         owner, n_captions = owner_of(lengths), len(lengths)
         weights = local = globl = None
-        logits, owners, counts = [], [], torch.zeros_like(lengths)
+        logits, owners = [], []
         if self.local_fc is not None or self.attended_pooling is not None:
             weights = self.attention_weights(region_emb, word_emb, owner, n_captions)  # (B, W, R)
         if self.local_fc is not None:
             local, local_logits = self.align(weights, region_emb, word_emb, self.local_fc)
-            logits, owners, counts = [local_logits], [owner], counts + lengths
+            logits, owners = [local_logits], [owner]
         if self.globl_fc is not None:
             attended = self.global_regions(weights, region_emb, image_global, lengths)
             globl, globl_logits = self.align(*attended, caption_global, self.globl_fc)
-            caption = torch.arange(n_captions, device=owner.device)
-            logits, owners, counts = [*logits, globl_logits], [*owners, caption], counts + 1
-        gates = list(self.gates(logits, owners, counts))
+            itself = torch.arange(n_captions, device=owner.device)
+            logits, owners = [*logits, globl_logits], [*owners, itself]
+        gates = list(self.gates(logits, owners, n_captions))
         local_gate = gates.pop(0) if local is not None else None
         return Alignments(weights, local, globl, local_gate, gates.pop() if gates else None)
 
@@ -257,16 +257,16 @@ class SimilarityEncoder(Similarity):
         return Alignment.apply(weights, regions, words, *parameters, EPS, self.product_dtype)
 
     def gates(
-        self, logits: list[Tensor], owners: list[Tensor], counts: Tensor
+        self, logits: list[Tensor], owners: list[Tensor], n_captions: int
     ) -> tuple[Tensor, ...]:
         """e_l = sigmoid(BN(a · s_l + a₀)), l = 0…L, divided by their sum over the caption.
 
-        The logits a · s_l + a₀, (B, W) of the words and (B, C) of the captions as wholes, the
-        caption of each, how many of them a caption has (C,) -> their gates.
+        The logits a · s_l + a₀, (B, W) of the words and (B, C) of the captions as wholes, and
+        the caption of each, (W,) and (C,) -> their gates.
         """
         owner = torch.cat(owners)
-        gates = self.gate_bn(torch.cat(logits, dim=1), owner, counts).sigmoid()
-        sums = segment_sum(gates, owner, len(counts), dim=1) + EPS  # (B, C)
+        gates = self.gate_bn(torch.cat(logits, dim=1), owner, n_captions).sigmoid()
+        sums = segment_sum(gates, owner, n_captions, dim=1) + EPS  # (B, C)
         gates = gates / sums.index_select(1, owner)
         return gates.split([part.shape[1] for part in logits], dim=1)
 
