@@ -14,6 +14,7 @@ Shape letters: B pictures, R regions, C channels, h × w cells of the backbone's
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,9 +67,13 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def find_picture(folder: Path | None, name: str) -> Path | None:
-    """The file of an image id; ids often lack the suffix."""
-    for suffix in ("", ".jpg", ".png", ".jpeg"):
-        if folder is not None and (path := folder / f"{name}{suffix}").is_file():
+    """The file of an image id; ids often lack the suffix, and COCO's are numbers."""
+    names = [name]
+    if name.isdecimal():
+        number = f"{int(name):012}"
+        names += [number, f"COCO_val2014_{number}", f"COCO_train2014_{number}"]
+    for stem, suffix in itertools.product(names, ("", ".jpg", ".png", ".jpeg")):
+        if folder is not None and (path := folder / f"{stem}{suffix}").is_file():
             return path
     return None
 

@@ -13,7 +13,7 @@ from test_commands import refused, run
 
 from data import PrecompDataset, RegionFile
 from errors import InputError
-from features import Extractor, Projection, Recipe, grid_boxes, read_picture
+from features import Extractor, Projection, Recipe, find_picture, grid_boxes, read_picture
 from vocab import build_vocab
 
 
@@ -256,3 +256,13 @@ def test_what_cannot_be_extracted_is_said_and_nothing_written(
         in_process("--data_name", "mine", "--backbone", "scenes", *arguments)
     assert all(word in str(error.value) for word in words), error.value
     assert not (tmp_path / "data/mine/test_ims.npy").exists()
+
+
+@pytest.mark.parametrize("name, file", [
+    ("391895", "COCO_val2014_000000391895.jpg"), ("391895", "000000391895.jpg"),
+    ("391895", "391895.jpg"), ("9", "COCO_train2014_000000000009.jpg"), ("a b", "a b.png"),
+])  # fmt: skip
+def test_a_picture_is_found_by_its_id(tmp_path, name, file):
+    (tmp_path / file).touch()
+    assert find_picture(tmp_path, name) == tmp_path / file
+    assert find_picture(tmp_path, "10") is find_picture(None, name) is None
