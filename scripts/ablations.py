@@ -39,6 +39,11 @@ VARIANTS = {
     "attended": Variant("LHSC, global vector of attended regions", "--global_image attended"),
     "label-safe": Variant("LHSC, same image no negative", "--same_image ignored"),
     "cosine": Variant("LHSC, cosine schedule", "--lr_schedule cosine --lr_warmup 100"),
+    "high": Variant("LHSC, 2e-3 after a warm-up", "--learning_rate 2e-3 --lr_warmup 100"),
+    "high-cosine": Variant(
+        "LHSC, cosine schedule from 2e-3",
+        "--learning_rate 2e-3 --lr_schedule cosine --lr_warmup 100",
+    ),
     "ema": Variant("LHSC, averaged weights", "--ema 0.999"),
     "decay": Variant("LHSC, weight decay", "--weight_decay 0.1"),
     "bf16": Variant("LHSC, `--precision bf16`", "--precision bf16"),
