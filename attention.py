@@ -182,16 +182,24 @@ class AttendedPooling(nn.Module):
         self.dropout = nn.Dropout(dropout)
         init_xavier(self)
 
-    def forward(self, weights: Tensor, region_emb: Tensor, lengths: Tensor) -> Tensor:
+    def forward(
+        self,
+        weights: Tensor,
+        region_emb: Tensor,
+        lengths: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """weights (B, W, R), region_emb (B, R, D), lengths (C,) -> (B, C, R).
 
-        The sum of the regions by these weights is î, of length 1.
+        The sum of the regions by these weights is î, of length 1. dtype: as cross_attention's.
         """
         owner, n_captions = owner_of(lengths), len(lengths)
         mean = segment_sum(weights, owner, n_captions, dim=1) / lengths.view(-1, 1)  # (B, C, R)
-        local, globl = region_emb @ self.local.weight.T, region_emb @ self.globl.weight.T
-        local = self.dropout(torch.tanh(weights @ local + self.local.bias))  # (B, W, D)
-        globl = self.dropout(torch.tanh(mean @ globl + self.globl.bias))  # (B, C, D)
+        local, globl = (
+            product(part, product(region_emb, fc.weight.T, dtype), dtype) + fc.bias
+            for part, fc in ((weights, self.local), (mean, self.globl))
+        )  # (B, W, D), (B, C, D)
+        local, globl = self.dropout(torch.tanh(local)), self.dropout(torch.tanh(globl))
         logits = self.common(local * globl.index_select(1, owner)).squeeze(-1)  # (B, W)
         pooling = segment_softmax(logits, owner, n_captions).unsqueeze(-1)
         pooled = segment_sum(pooling * weights, owner, n_captions, dim=1)  # (B, C, R)
@@ -214,16 +222,21 @@ def cross_attention(
     caption, softmax over regions of SHARPNESS · A.
 
     region_emb (B, R, D), word_emb (W, D), owner (W,) -> weights (B, W, R), rows sum to 1.
-    dtype: of the product q v, None for the inputs'.
+    dtype: of the large matrix products, None for the inputs'.
     """
     n_images, n_regions, _ = region_emb.shape
-    regions, words = (x.to(dtype or x.dtype) for x in (region_emb.flatten(0, 1), word_emb))
-    affinity = F.leaky_relu((words @ regions.T).to(word_emb.dtype), 0.1)  # (W, B R): one product
+    affinity = product(word_emb, region_emb.flatten(0, 1).T, dtype)  # (W, B R): one product
+    affinity = F.leaky_relu(affinity, 0.1)
     affinity = affinity.view(-1, n_images, n_regions)  # (W, B, R)
     squared = segment_sum(affinity.square(), owner, n_captions, dim=0)  # (C, B, R)
     scale = SHARPNESS * inverse_length(safe_sqrt(squared))
     weights = (affinity * scale.index_select(0, owner)).softmax(dim=-1)
     return weights.transpose(0, 1).contiguous()  # (B, W, R)
+
+
+def product(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x @ y, multiplied in `dtype` if there is one; the result is of x's."""
+    return (x.to(dtype or x.dtype) @ y.to(dtype or y.dtype)).to(x.dtype)
 
 
 def unit_weights(weights: Tensor, region_emb: Tensor) -> Tensor:

@@ -179,12 +179,14 @@ def evaluate(
     them and has the matrix, all return the metrics.
 
     Raises:
-        InputError: if a score is not finite.
+        InputError: if a score is not finite, or a model cannot be scored in this precision.
     """
     folds = fold_slices(dataset) if fold5 else []
     everything = (slice(0, dataset.n_images), slice(0, len(dataset)))
     wanted = folds if fold5 and not whole else [everything]
     totals: list[np.ndarray] = []
+    for model in models:  # what cannot be scored so is refused before anything is encoded
+        scorer(model.similarity, device, PRECISIONS[precision])
     for model in models:
         images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
         sims = [

@@ -105,7 +105,7 @@ class LHSC(nn.Module):
     `text_layers` 0) it is SGRAF's SAF, with `similarity` "scan" or "vse" SCAN or VSE++ as well.
 
     Raises:
-        ValueError: for an argument that is not among its CHOICES.
+        ValueError: for an argument that is not among its CHOICES, or has no meaning with another.
     """
 
     def __init__(
@@ -136,6 +136,12 @@ class LHSC(nn.Module):
         for name, value in given.items():
             if value not in CHOICES[name]:
                 raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
+        if similarity != "lhsc" and (alignment, global_image) != ("both", "regions"):
+            raise ValueError(
+                f"alignment and global_image are LHSC's, not similarity {similarity}'s"
+            )
+        if alignment == "local" and global_image != "regions":
+            raise ValueError("with alignment local there is no global image vector")
         self.num_regions = num_regions
         self.image_encoder = ImageEncoder(img_dim, embed_size, graph_layers, no_imgnorm)
         self.text_encoder = TextEncoder(
@@ -150,11 +156,11 @@ class LHSC(nn.Module):
             self.similarity = AttendedCosine() if similarity == "scan" else MeanCosine()
 
     def mixed_precision(self) -> LHSC:
-        """For training: large matrix products in bfloat16; weights, sums and scores stay float32.
+        """In training, large matrix products are in bfloat16; weights, sums and scores in float32.
 
         The encoders run under autocast, the similarity casts what it multiplies.
         """
-        self.similarity.product_dtype = torch.bfloat16
+        self.similarity.mixed = True
         return self
 
     def forward(self, images: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:

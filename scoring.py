@@ -64,8 +64,6 @@ class PlainScorer:
     similarity: any, in evaluation mode.
     """
 
-    dtype = torch.float32
-
     def __init__(
         self, similarity: Similarity, device_type: str, block: BlockSize | None = None
     ) -> None:
@@ -76,15 +74,11 @@ class PlainScorer:
         self, images: EncodedImages, captions: EncodedCaptions
     ) -> Iterator[tuple[slice, Tensor]]:
         """Scores of all images with some captions at a time: (captions, sims (B, c) float32)."""
-        regions = images.region_emb.to(self.dtype)
         for chunk in self.chunks(captions):
             part = captions.rows(chunk)
-            words = part.word_emb.to(self.dtype)
-            owner = owner_of(part.lengths)
-            ones = F.one_hot(owner, len(part.lengths)).T.to(torch.float32).contiguous()  # (c, w)
             sims = [
-                self._score(regions[rows], images.image_global[rows], words, part, owner, ones)
-                for rows in _slices(len(regions), self.block.images)
+                self._score(images.rows(rows), part)
+                for rows in _slices(len(images.image_global), self.block.images)
             ]
             yield chunk, torch.cat(sims)
 
@@ -92,18 +86,9 @@ class PlainScorer:
         """The captions of each tile."""
         return caption_chunks(captions.lengths, self.block.words)
 
-    def _score(
-        self,
-        regions: Tensor,
-        image_global: Tensor,
-        words: Tensor,
-        captions: EncodedCaptions,
-        owner: Tensor,
-        ones: Tensor,
-    ) -> Tensor:
-        """(b, R, D), (b, D), (w, D), c captions, owner (w,), ones (c, w) -> sims (b, c)."""
-        images = EncodedImages(regions, image_global)
-        return self.similarity.score(images, captions._replace(word_emb=words))
+    def _score(self, images: EncodedImages, captions: EncodedCaptions) -> Tensor:
+        """b images, c captions -> sims (b, c)."""
+        return self.similarity.score(images, captions)
 
 
 class Scorer(PlainScorer):
@@ -133,16 +118,16 @@ class Scorer(PlainScorer):
         self.a0 = scale * (similarity.gate_fc.bias - bn.running_mean) + bn.bias
         self.w, self.w0 = similarity.score_fc.weight[0], similarity.score_fc.bias  # (S,), (1,)
 
-    def _score(
-        self,
-        regions: Tensor,
-        image_global: Tensor,
-        words: Tensor,
-        captions: EncodedCaptions,
-        owner: Tensor,
-        ones: Tensor,
-    ) -> Tensor:
-        """(b, R, D), (b, D), (w, D), c captions, owner (w,), ones (c, w) -> sims (b, c)."""
+    def tiles(
+        self, images: EncodedImages, captions: EncodedCaptions
+    ) -> Iterator[tuple[slice, Tensor]]:
+        return super().tiles(images._replace(region_emb=images.region_emb.to(self.dtype)), captions)
+
+    def _score(self, images: EncodedImages, captions: EncodedCaptions) -> Tensor:
+        """b images, regions in self.dtype, and c captions of w words -> sims (b, c)."""
+        (regions, image_global), words = images, captions.word_emb.to(self.dtype)
+        owner = owner_of(captions.lengths)  # (w,)
+        ones = F.one_hot(owner, len(captions.lengths)).T.to(torch.float32).contiguous()  # (c, w)
         weights = self._attention(regions, words, owner, ones)  # (b, w, R)
         pooled, total = self._global(image_global, captions.caption_global)  # (b, c, S), (b, c)
         for rows in _slices(len(regions), max(1, self.block.numel // words.numel())):

@@ -30,6 +30,7 @@ from attention import (
     init_xavier,
     l2norm,
     owner_of,
+    product,
     segment_sum,
     unit_weights,
     word_mean,
@@ -61,10 +62,15 @@ class EncodedCaptions(NamedTuple):
 class Similarity(nn.Module):
     """What all of them share; `score` is each one's own.
 
-    product_dtype: of the large matrix products, None for that of the embeddings.
+    mixed: whether a training multiplies large matrices in bfloat16.
     """
 
-    product_dtype: torch.dtype | None = None
+    mixed = False
+
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """Of the large matrix products; None for that of the embeddings, as in evaluation."""
+        return torch.bfloat16 if self.mixed and self.training else None
 
     def image_global(self, region_emb: Tensor) -> Tensor:
         """One vector an image: (B, R, D) -> (B, D); the mean region, unless it is learned."""
@@ -242,7 +248,9 @@ class SimilarityEncoder(Similarity):
             one = image_global.new_ones(1, len(lengths), 1).expand(len(image_global), -1, -1)
             return one, image_global.unsqueeze(1)
         numbers = weights.shape[1] * region_emb.shape[2]
-        pooled = by_images(self.attended_pooling, numbers, (weights, region_emb), lengths)
+        pooled = by_images(
+            self.attended_pooling, numbers, (weights, region_emb), lengths, self.product_dtype
+        )
         return pooled, region_emb
 
     def align(
@@ -324,19 +332,30 @@ class AttendedCosine(Similarity):
         (region_emb, _), (word_emb, _, lengths) = images, captions
         owner, n_captions = owner_of(lengths), len(lengths)
         numbers = len(word_emb) * region_emb.shape[1]
-        cosines = by_images(attended_cosine, numbers, (region_emb,), word_emb, owner, n_captions)
+        cosines = by_images(
+            attended_cosine, numbers, (region_emb,), word_emb, owner, n_captions, self.product_dtype
+        )
         return segment_sum(cosines, owner, n_captions, dim=1) / lengths
 
 
-def attended_cosine(region_emb: Tensor, word_emb: Tensor, owner: Tensor, n_captions: int) -> Tensor:
+def attended_cosine(
+    region_emb: Tensor,
+    word_emb: Tensor,
+    owner: Tensor,
+    n_captions: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """cos(q_l, m_l) = Σ_r weight_lr (q_l · v_r) / ‖q_l‖, as m_l has length 1: (B, W)."""
-    weights = unit_attention(region_emb, word_emb, owner, n_captions)  # (B, W, R)
-    products = l2norm(word_emb) @ region_emb.transpose(1, 2)  # (B, W, R)
+    weights = unit_attention(region_emb, word_emb, owner, n_captions, dtype)  # (B, W, R)
+    products = product(l2norm(word_emb), region_emb.transpose(1, 2), dtype)  # (B, W, R)
     return (weights * products).sum(-1)
 
 
 class MeanCosine(Similarity):
-    """VSE++: the cosine of the mean region and the mean word."""
+    """VSE++'s cosine of one vector each, here of the mean region and the mean word.
+
+    VSE++ itself has a CNN's vector of the whole picture, and the GRU's last state.
+    """
 
     def score(self, images: EncodedImages, captions: EncodedCaptions) -> Tensor:
         return images.image_global @ captions.caption_global.T

@@ -129,9 +129,9 @@ def options() -> argparse.ArgumentParser:
     add("--bi_gru", default=True, action=switch, help="GRU in both directions")
     add("--no_imgnorm", default=False, action=switch, help="regions are not l2-normalised")
     add("--no_txtnorm", default=False, action=switch, help="words are not l2-normalised")
-    add("--drop_out", default=0.0, type=rate, help="dropout in word self-attention")
-    add("--embed_dropout", default=0.4, type=rate, help="dropout of word embeddings")
-    add("--pool_dropout", default=0.4, type=rate, help="dropout in global pooling")
+    add("--drop_out", default=0.0, type=below_one, help="dropout in word self-attention")
+    add("--embed_dropout", default=0.4, type=below_one, help="dropout of word embeddings")
+    add("--pool_dropout", default=0.4, type=below_one, help="dropout in global pooling")
     add(
         "--padding",
         default="masked",
@@ -144,10 +144,15 @@ def options() -> argparse.ArgumentParser:
     add("--num_epochs", default=50, type=at_least(1), help="passes over the captions")
     add("--learning_rate", default=2e-4, type=positive, help="of Adam")
     add("--lr_schedule", default="step", choices=["step", "cosine"], help="cosine: down to 0")
-    add("--lr_update", default=30, type=at_least(1), help="epochs between steps of ×0.1")
+    add("--lr_update", default=30, type=at_least(1), help="step: epochs between those of ×0.1")
     add("--lr_warmup", default=0, type=at_least(0), help="first steps, with a rising learning rate")
-    add("--weight_decay", default=0.0, type=not_negative, help="decoupled, of AdamW")
-    add("--ema", default=0.0, type=rate, help="decay of averaged weights; 0 = none, or e.g. 0.999")
+    add("--weight_decay", default=0.0, type=not_negative, help="decoupled (AdamW), of all weights")
+    add(
+        "--ema",
+        default=0.0,
+        type=below_one,
+        help="decay of averaged weights; 0 = none, or e.g. 0.999",
+    )
     add(
         "--precision",
         default="fp32",
@@ -224,9 +229,9 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def rate(text: str) -> float:
+def below_one(text: str) -> float:
     if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a dropout rate is at least 0 and below 1")
+        raise argparse.ArgumentTypeError(f"{text}: should be at least 0 and below 1")
     return float(text)
 
 
@@ -277,8 +282,8 @@ def collapsed(loss: float, opt: argparse.Namespace, hardest: bool) -> bool:
     return hardest and opt.margin > 0 and abs(loss / (2 * opt.margin * opt.batch_size) - 1) < 0.01
 
 
-def learning_rate(opt: argparse.Namespace, step: int, steps_an_epoch: int) -> float:
-    """Of optimizer step `step`, counted from 0.
+def learning_rate(opt: argparse.Namespace, epoch: int, step: int, steps_an_epoch: int) -> float:
+    """Of optimizer step `step` of the run, counted from 0.
 
     Released: ×0.1 every lr_update epochs. With lr_schedule "cosine" it falls to 0 over the run;
     over the first lr_warmup steps it rises.
@@ -287,7 +292,7 @@ def learning_rate(opt: argparse.Namespace, step: int, steps_an_epoch: int) -> fl
     if opt.lr_schedule == "cosine":
         rate *= (1 + math.cos(math.pi * step / (opt.num_epochs * steps_an_epoch))) / 2
     else:
-        rate *= 0.1 ** (step // steps_an_epoch // opt.lr_update)
+        rate *= 0.1 ** (epoch // opt.lr_update)
     return rate * min(1.0, (step + 1) / (opt.lr_warmup + 1))
 
 
@@ -467,7 +472,10 @@ def resumed(opt: argparse.Namespace, given: dict) -> tuple[argparse.Namespace, d
         )
     old = saved["opt"]
     for name, value in given.items():
-        if name not in MAY_CHANGE and old.get(name) != value:
+        shapes = name not in MAY_CHANGE or (
+            name == "num_epochs" and old.get("lr_schedule") == "cosine"
+        )
+        if shapes and old.get(name) != value:
             raise InputError(
                 f"--{name} {value}: {path} was trained with {old.get(name)}; leave the option out, "
                 "or start a new run without --resume"
@@ -567,7 +575,10 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
     random.seed(opt.seed)
     np.random.seed(opt.seed)
     torch.manual_seed(opt.seed)
-    model = LHSC(**{name: getattr(opt, name) for name in MODEL_OPTIONS}).to(device)
+    try:
+        model = LHSC(**{name: getattr(opt, name) for name in MODEL_OPTIONS}).to(device)
+    except ValueError as error:  # options that do not go together
+        raise InputError(str(error)) from error
     if opt.precision == "bf16":
         model.mixed_precision()
     average = copy.deepcopy(model).requires_grad_(False) if opt.ema else None
@@ -652,14 +663,14 @@ def train(opt: argparse.Namespace, saved: dict | None = None) -> dict:
             hardest = opt.max_violation and epoch >= opt.warmup_epochs
             for i, batch in enumerate(batches(loader), start=1 + first_batch):
                 waited += time.perf_counter() - end
-                rate = learning_rate(opt, step, len(loader))
+                rate = learning_rate(opt, epoch, step, len(loader))
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+                batch = batch.to(device)
                 try:
                     loss = train_step(
-                        model, optimizer, batch.to(device), opt.margin, hardest, opt.grad_clip,
-                        opt.same_image,
-                    )  # fmt: skip
+                        model, optimizer, batch, opt.margin, hardest, opt.grad_clip, opt.same_image
+                    )
                 except NotFinite as error:
                     stop_at(batch, folder, epoch, step, rate, error)
                 step += 1

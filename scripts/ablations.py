@@ -40,11 +40,10 @@ VARIANTS = {
     "label-safe": Variant("LHSC, same image no negative", "--same_image ignored"),
     "cosine": Variant("LHSC, cosine schedule", "--lr_schedule cosine --lr_warmup 100"),
     "high": Variant("LHSC, 2e-3 after a warm-up", "--learning_rate 2e-3 --lr_warmup 100"),
-    "high-cosine": Variant(
-        "LHSC, cosine schedule from 2e-3",
-        "--learning_rate 2e-3 --lr_schedule cosine --lr_warmup 100",
-    ),
     "ema": Variant("LHSC, averaged weights", "--ema 0.999"),
+    "ema-constant": Variant(
+        "LHSC, averaged weights, constant learning rate", "--ema 0.999 --lr_update 6"
+    ),
     "decay": Variant("LHSC, weight decay", "--weight_decay 0.1"),
     "bf16": Variant("LHSC, `--precision bf16`", "--precision bf16"),
     "batch": Variant(
@@ -119,7 +118,7 @@ class Run(NamedTuple):
             "--logger_name", str(folder / "log"),
         ]  # fmt: skip
         if any((folder / "checkpoint").glob("checkpoint_*.pth.tar")):
-            train = ["train.py", "--resume", str(folder / "checkpoint"), *where]
+            train += ["--resume", str(folder / "checkpoint")]
         test = ["--bootstrap", "1000", "--save_metrics", str(folder / "test.json")]
         commands = [train, ["evaluation.py", *best, *where, *test]]
         if a_set.diagnose:
@@ -154,6 +153,12 @@ def carry_out(run: Run, opt: argparse.Namespace) -> bool:
     for log in run.logs(opt.runs):
         shutil.copy(log, kept / log.name)
     return True
+
+
+def is_kept(run: Run, opt: argparse.Namespace) -> bool:
+    """Whether all logs of a run are in the results."""
+    kept = opt.results / run.set_name / run.name
+    return all((kept / log.name).is_file() for log in run.logs(opt.runs))
 
 
 def wanted(opt: argparse.Namespace) -> list[Run]:
@@ -191,8 +196,7 @@ def main() -> None:
     parser.add_argument("--runs", default=Path("runs/ablations"), type=Path, help="checkpoints")
     parser.add_argument("--results", default=ROOT / "results", type=Path, help="their logs")
     opt = parser.parse_args()
-    runs = [run for run in wanted(opt)
-            if not (opt.results / run.set_name / run.name / "test.json").is_file()]  # fmt: skip
+    runs = [run for run in wanted(opt) if not is_kept(run, opt)]
     if opt.list:
         for run in runs:
             print(*(shlex.join(command[3:]) for command in run.commands(opt)), sep="\n")

@@ -80,10 +80,24 @@ def own_scores(
 def diagnose(
     model: LHSC, vocab: Vocabulary, dataset: PrecompDataset, folder: Path, device: torch.device
 ) -> dict:
-    """Accuracy in percent of each of KINDS, and of how many questions: {"relation": {…}, …}."""
+    """Accuracy in percent of each of KINDS, and of how many questions: {"relation": {…}, …}.
+
+    A kind of which nothing is asked is left out.
+
+    Raises:
+        InputError: if the folder's scenes or foils are missing, or those of another data set.
+    """
     scenes = read_lines(folder / f"{dataset.split}_scenes.jsonl", {"twin"})
     foils = read_lines(folder / f"{dataset.split}_foils.jsonl", {"caption", "kind", "text"})
-    if len(scenes) != dataset.n_images or not all(0 <= f["caption"] < len(dataset) for f in foils):
+    fit = len(scenes) == dataset.n_images and all(
+        scene["twin"] is None or scene["twin"] in range(dataset.n_images) for scene in scenes
+    )
+    if not fit or not all(
+        foil["caption"] in range(len(dataset))
+        and foil["kind"] in KINDS[1:]
+        and isinstance(foil["text"], str)
+        for foil in foils
+    ):
         raise InputError(f"{folder}: its scenes or foils are not those of its {dataset.split}")
     images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
     image = dataset.image_of_caption
@@ -105,6 +119,7 @@ def diagnose(
     return {
         kind: {"accuracy": 100 * float(answers.mean()), "questions": len(answers)}
         for kind, answers in right.items()
+        if len(answers)
     }
 
 

@@ -36,6 +36,9 @@ import diagnose
 import plan
 
 from errors import InputError, one_line
+from train import options
+
+DEFAULTS = vars(options().parse_args([]))
 
 HEAD = (
     "| run | protocol | i2t R@1 / 5 / 10 | t2i R@1 / 5 / 10 | rsum | best dev rsum "
@@ -139,7 +142,8 @@ def variants(folder: Path) -> dict[str, list[Seed]]:
 def arguments(run: dict) -> dict:
     """Those that shape a run, without its seed and places."""
     apart = {"seed", "data_path", "vocab_path", "model_name", "logger_name", "resume"}
-    return {name: value for name, value in run["arguments"].items() if name not in apart}
+    given = DEFAULTS | run["arguments"]  # an older run has not all of today's options
+    return {name: value for name, value in given.items() if name not in apart}
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -257,14 +261,14 @@ def experiments_table(folder: Path) -> str:
     for name, (train, test, captions, epochs, protocol) in EXPERIMENTS.items():
         rows.append(
             f"| {name} | `bash {train}` | `bash {test}` | {protocol} "
-            f"| {captions // 128 * epochs:,} | see the paper | not measured yet |"
+            f"| {-(-captions // 128) * epochs:,} | see the paper | not measured yet |"
         )
     for file in sorted(folder.glob("*.json")):
         rate, _, batch, machine = plan.measured(file)
         work = plan.Work.of(batch)
         step = (work.divided + work.products) / rate
         hours = (
-            f"{name} {captions // batch * epochs * step / 3600:,.0f} h"
+            f"{name} {-(-captions // batch) * epochs * step / 3600:,.0f} h"
             for name, (_, _, captions, epochs, _) in EXPERIMENTS.items()
         )
         times.append(f"{machine}, {step:.1f} s a step at batch {batch}: {', '.join(hours)}")

@@ -56,7 +56,7 @@ def test_training_and_encoding(small, monkeypatch):
     assert training["saved_ratio"] > 1 and training["ratio"] > 0
     assert training["bf16"]["saved_activations"] < training["ours"]["saved_activations"]
     assert "`--precision bf16`" in benchmark.markdown({"training": training} | MACHINE)
-    assert small[1].similarity.product_dtype is None  # as it was
+    assert not small[1].similarity.mixed  # as it was
     encoding = benchmark.encoding(*small, CPU, quick=True)
     assert encoding["memory_ratio"] > 3
     assert small[1].text_encoder.padding == "released"  # as it was

@@ -9,6 +9,7 @@ from diagnose import KINDS, diagnose
 from test_commands import refused, run
 
 from data import PrecompDataset
+from errors import InputError
 from model import LHSC
 from vocab import build_from_data, vocab_file
 
@@ -88,6 +89,29 @@ def test_from_the_command_line(made):
     refused(run(folder, "scripts/diagnose.py", "--split", "dev"), "dev_foils.jsonl", "make_scenes")
     (folder / "data/scenes_precomp/dev_foils.jsonl").write_text("[1\n")
     refused(run(folder, "scripts/diagnose.py", "--split", "dev"), "dev_foils.jsonl", "JSON")
-    line = json.dumps({"caption": 15, "kind": "size", "text": "a"})  # of 15
-    (folder / "data/scenes_precomp/dev_foils.jsonl").write_text(f"{line}\n")
-    refused(run(folder, "scripts/diagnose.py", "--split", "dev"), "not those of its dev")
+    wrong = [{"caption": 15}, {"caption": "2"}, {"kind": "age"}, {"text": 3}]  # of 15 captions
+    for change in wrong:
+        line = json.dumps({"caption": 1, "kind": "size", "text": "a"} | change)
+        (folder / "data/scenes_precomp/dev_foils.jsonl").write_text(f"{line}\n")
+        refused(run(folder, "scripts/diagnose.py", "--split", "dev"), "not those of its dev")
+
+
+@pytest.mark.parametrize("twin", [3, -1, "0"])
+def test_a_twin_that_is_none_of_the_pictures_is_refused(made, tmp_path, twin):
+    folder, vocab, model = made
+    dataset = PrecompDataset(folder / "data", "scenes_precomp", "dev", vocab)
+    (tmp_path / "dev_scenes.jsonl").write_text(3 * f"{json.dumps({'twin': twin})}\n")
+    foil = {"caption": 1, "kind": "size", "text": "a"}
+    (tmp_path / "dev_foils.jsonl").write_text(json.dumps(foil))
+    with pytest.raises(InputError, match="not those of its dev"):
+        diagnose(model, vocab, dataset, tmp_path, torch.device("cpu"))
+
+
+def test_what_is_not_asked_is_left_out(made, tmp_path):
+    folder, vocab, model = made
+    dataset = PrecompDataset(folder / "data", "scenes_precomp", "dev", vocab)
+    (tmp_path / "dev_scenes.jsonl").write_text(3 * '{"twin": null}\n')
+    foil = {"caption": 1, "kind": "size", "text": "a"}
+    (tmp_path / "dev_foils.jsonl").write_text(json.dumps(foil))
+    found = diagnose(model, vocab, dataset, tmp_path, torch.device("cpu"))
+    assert list(found) == ["size"] and found["size"]["questions"] == 1

@@ -2,19 +2,24 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
 from test_commands import SMALL, refused, run
 
-from checkpoint import load_checkpoint, load_newest, model_from
+import train
+from checkpoint import load_checkpoint, load_newest, load_whole
 from model import LHSC, triplet_loss
 from train import RECIPES, learning_rate, options, parse, train_step, update_average
 
 
 def rates(*arguments, epochs=6, steps_an_epoch=5):
     opt = parse(["--learning_rate", "1", "--num_epochs", str(epochs), *arguments])
-    return [learning_rate(opt, step, steps_an_epoch) for step in range(epochs * steps_an_epoch)]
+    return [
+        learning_rate(opt, step // steps_an_epoch, step, steps_an_epoch)
+        for step in range(epochs * steps_an_epoch)
+    ]
 
 
 def test_by_default_the_learning_rate_is_the_released_one():
@@ -40,7 +45,40 @@ def test_a_warm_up_rises_to_the_schedule_and_then_leaves_it_alone():
     assert warm[9:] == plain[9:]
 
 
-def test_without_decay_the_optimizer_is_adam(tiny):
+def steps_of_a_run(monkeypatch, folder, *arguments):
+    """Of each step the options that reach it; nothing is trained."""
+    found = []
+
+    def noted(model, optimizer, batch, margin, hardest, grad_clip, same_image):
+        (group,) = optimizer.param_groups
+        found.append({"rate": group["lr"], "decay": group["weight_decay"], "hardest": hardest,
+                      "clip": grad_clip, "margin": margin, "same_image": same_image,
+                      "mixed": model.similarity.product_dtype is not None})  # fmt: skip
+        return 1.0
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, "train_step", noted)
+    train.train(parse([*SMALL, *arguments]))
+    return found
+
+
+def test_options_reach_the_steps(tiny, monkeypatch):
+    released = {"decay": 0, "hardest": True, "clip": 2, "margin": 0.2, "same_image": "negative",
+                "mixed": False}  # fmt: skip
+    plain = steps_of_a_run(monkeypatch, tiny)
+    assert plain == [{"rate": 0.002} | released] * 20  # 150 captions, twice
+    others = ["--weight_decay", "0.5", "--warmup_epochs", "1", "--grad_clip", "3", "--margin", "1",
+              "--same_image", "ignored", "--precision", "bf16", "--lr_schedule", "cosine",
+              "--lr_warmup", "3"]  # fmt: skip
+    found = steps_of_a_run(monkeypatch, tiny, *others)
+    changed = {"decay": 0.5, "clip": 3, "margin": 1, "same_image": "ignored", "mixed": True}
+    assert all(step.items() >= changed.items() for step in found)
+    assert [step["hardest"] for step in found] == [False] * 10 + [True] * 10
+    cosine = rates("--lr_schedule", "cosine", "--lr_warmup", "3", epochs=2, steps_an_epoch=10)
+    assert [step["rate"] for step in found] == pytest.approx([0.002 * rate for rate in cosine])
+
+
+def test_without_decay_the_optimizer_is_adam():
     """Bitwise, over steps with gradients of all sizes."""
     a = [torch.nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))]
     b = copy.deepcopy(a)
@@ -104,7 +142,7 @@ def test_the_averaged_weights_are_evaluated_and_resumed(tiny):
     """Stopped after an epoch and gone on with, the average ends where it would have, bitwise."""
     arguments = [*SMALL, "--recipe", "modern", "--num_epochs", "3", "--save_step", "4"]
     whole = ["--model_name", "runs/whole/checkpoint", "--logger_name", "runs/whole/log"]
-    assert run(tiny, "train.py", *arguments, *whole).returncode == 0
+    assert run(tiny, "train.py", *arguments, *whole, "--keep", "99").returncode == 0
     part = ["--model_name", "runs/part/checkpoint", "--logger_name", "runs/part/log"]
     assert run(tiny, "train.py", *arguments, *part, "--keep", "99").returncode == 0
     for file in (tiny / "runs/part/checkpoint").glob("checkpoint_*"):
@@ -121,10 +159,14 @@ def test_the_averaged_weights_are_evaluated_and_resumed(tiny):
         for name, value in one[kind].items():
             assert torch.equal(value, other[kind][name]), name
     assert any(not torch.equal(v, one["model"][k]) for k, v in one["average"].items())
-    best = load_checkpoint(tiny / "runs/whole/checkpoint/model_best.pth.tar")
-    model_from(best)
-    if best["Eiters"] == 30:
-        assert all(torch.equal(v, one["average"][k]) for k, v in best["model"].items())
+    best = tiny / "runs/whole/checkpoint/model_best.pth.tar"
+    weights = load_checkpoint(best)
+    then = load_whole(tiny / f"runs/whole/checkpoint/checkpoint_{weights['Eiters']}.pth.tar")
+    assert all(torch.equal(v, then["average"][k]) for k, v in weights["model"].items())
+    dev = run(tiny, "evaluation.py", "--model_path", best, "--split", "dev", "--save_metrics", "m")
+    assert dev.returncode == 0, dev.stderr
+    rsum = json.loads((tiny / "m").read_text())["rsum"]
+    assert rsum == pytest.approx(weights["best_rsum"])
     refused(run(tiny, "train.py", "--resume", "runs/part/checkpoint", "--ema", "0.5"), "--ema 0.5")
 
 
@@ -135,6 +177,8 @@ def test_the_averaged_weights_are_evaluated_and_resumed(tiny):
     (("--recipe", "best"), "--recipe"),
     (("--same_image", "no"), "--same_image"),
     (("--similarity", "sgr"), "--similarity"),
+    (("--similarity", "scan", "--alignment", "local"), "alignment"),
+    (("--alignment", "local", "--global_image", "attended"), "global"),
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(tiny, options, words):
     refused(run(tiny, "train.py", *SMALL, *options), words)
@@ -163,6 +207,39 @@ def test_mixed_precision_keeps_weights_and_scores_in_float32():
 
 @pytest.mark.parametrize("options", [(), ("--similarity", "scan"), ("--global_image", "attended")])
 def test_a_run_in_mixed_precision(tiny, options):
-    result = run(tiny, "train.py", *SMALL, "--precision", "bf16", "--num_epochs", "1", *options)
-    assert result.returncode == 0, result.stderr
-    assert run(tiny, "evaluation.py").returncode == 0
+    """Its checkpoints are chosen by float32 scores, those that evaluation.py finds."""
+    arguments = [*SMALL, "--num_epochs", "1", *options]
+    models = {}
+    for precision in ("bf16", "fp32"):
+        result = run(tiny, "train.py", *arguments, "--precision", precision)
+        assert result.returncode == 0, result.stderr
+        models[precision] = load_checkpoint(tiny / "runs/LHSC/checkpoint/model_best.pth.tar")
+        test = ["--split", "dev", "--save_metrics", "m.json"]
+        assert run(tiny, "evaluation.py", *test).returncode == 0
+        rsum = json.loads((tiny / "m.json").read_text())["rsum"]
+        assert rsum == pytest.approx(models[precision]["best_rsum"])
+    weights = "text_encoder.embed.weight"
+    assert not torch.equal(models["bf16"]["model"][weights], models["fp32"]["model"][weights])
+
+
+@pytest.mark.parametrize("variant", [
+    {}, {"alignment": "local"}, {"global_image": "attended"}, {"similarity": "scan"},
+])  # fmt: skip
+def test_every_similarity_is_mixed_in_training_alone(variant):
+    torch.manual_seed(3)
+    model = LHSC(50, 64, 36, 64, 32, 32, embed_dropout=0, pool_dropout=0, **variant)
+    lengths = torch.tensor([9, 9, 8, 7])
+    regions, words = torch.randn(4, 36, 64), torch.randn(33, 64)
+    regions, words = (x / x.norm(dim=-1, keepdim=True) for x in (regions, words))
+    for training in (True, False):
+        model.train(training)
+        model.similarity.mixed = False
+        exact = model.similarity(regions, words, lengths)
+        found = model.mixed_precision().similarity(regions, words, lengths)
+        assert torch.equal(exact, found) == (not training)
+        torch.testing.assert_close(found, exact, rtol=0, atol=0.05)
+
+
+def test_the_number_of_epochs_that_a_cosine_falls_over_is_fixed(tiny):
+    assert run(tiny, "train.py", *SMALL, "--lr_schedule", "cosine").returncode == 0
+    refused(run(tiny, "train.py", "--resume", "--num_epochs", "3"), "--num_epochs 3")

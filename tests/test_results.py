@@ -97,7 +97,7 @@ def test_the_table_is_written_and_checked(results):
     assert "| VSE++ | 1 | 9.0 | 9.0 | 100.0 | **90.0** | 85.0 – 97.0 | 1.23 M | 5.0 min |" in text
     assert ("| LHSC | 2 | 82.0 ± 2.8 | 82.0 ± 2.8 | 82.0 ± 2.8 | 82.0 ± 2.8 | 82.0 ± 2.8 "
             "| 102.0 ± 2.8 | 1.23 M | 5.0 min |") in text  # fmt: skip
-    assert "| Flickr30K | `bash scripts/train_f30k.sh` |" in text and "56,600" in text
+    assert "| Flickr30K | `bash scripts/train_f30k.sh` |" in text and "56,650" in text
     assert "Flickr30K 24 h" in text  # 1.5 s a step
     assert command(results, "--check").returncode == 0
     for name in ("scenes.png", "flickr8k.png"):
@@ -108,6 +108,15 @@ def test_the_table_is_written_and_checked(results):
 def test_seeds_of_a_variant_differ_in_nothing_else(results):
     path = results / "results/flickr8k/lhsc-s1/metrics.jsonl"
     path.write_text(path.read_text().replace('"embed_size": 8', '"embed_size": 9'))
+    refused(command(results, "--write"), "lhsc", "different options")
+
+
+def test_a_log_older_than_an_option_has_its_default(results):
+    path = results / "results/flickr8k/lhsc-s1/metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace('"embed_size": 8', '"embed_size": 8, "precision": "fp32"'))
+    assert command(results, "--write").returncode == 0
+    path.write_text(text.replace('"embed_size": 8', '"embed_size": 8, "precision": "bf16"'))
     refused(command(results, "--write"), "lhsc", "different options")
 
 

@@ -302,4 +302,8 @@ def test_ablations_go_on_where_they_were(tmp_path):
     kept = tmp_path / "results/flickr8k/vse-s4"
     assert sorted(file.name for file in kept.iterdir()) == ["metrics.jsonl", "test.json"]
     assert "0 of 0 runs" in run(tmp_path, "scripts/ablations.py", *options).stdout
+    (kept / "test.json").unlink()  # as if stopped here
+    again = run(tmp_path, "scripts/ablations.py", *options)
+    assert again.returncode == 0 and "1 of 1 runs" in again.stdout, again.stderr
+    assert "going on from" in (tmp_path / "runs/ablations/flickr8k/vse-s4/output.txt").read_text()
     refused(run(tmp_path, "scripts/ablations.py", "flickr8k", "--only", "sgr"), "sgr")
