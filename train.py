@@ -1,7 +1,7 @@
 """Train LHSC.
 
     python train.py --data_name f30k_precomp
-    python train.py --data_name coco_precomp --num_epochs 20 --lr_update 10
+    python train.py --data_name coco_precomp --lr_update 20
 
 writes to ./runs/LHSC/checkpoint: model_best.pth.tar (best rsum on dev), the newest
 checkpoint_STEP.pth.tar (all that is needed to go on) and metrics.jsonl (one JSON object a line, the

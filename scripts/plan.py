@@ -114,7 +114,7 @@ def table(sizes: list[int], batch: int, rate: float, bandwidth: float, saved: fl
     for name, (captions, vocab) in DATA.items():
         for n in sizes:
             p = plan(n, batch, vocab, rate, bandwidth, saved)
-            epoch = captions // batch * p.seconds
+            epoch = -(-captions // batch) * p.seconds
             lines.append(
                 f"| {name} | {n} | {1e3 * p.seconds:,.0f} ms | {p.divided / p.seconds:.0%} "
                 f"| {p.products / p.seconds:.0%} | {p.exchange / p.seconds:.0%} "
