@@ -67,7 +67,7 @@ COLLAPSED = (
 # What --recipe sets: see the README's results for what each is worth.
 RECIPES = {
     "released": {},
-    "modern": {"lr_schedule": "cosine", "lr_warmup": 100, "ema": 0.999, "same_image": "ignored"},
+    "modern": {"lr_schedule": "constant", "ema": 0.999},
 }
 
 
@@ -143,7 +143,9 @@ def options() -> argparse.ArgumentParser:
     add("--batch_size", default=128, type=at_least(2), help="captions (and images) a step")
     add("--num_epochs", default=50, type=at_least(1), help="passes over the captions")
     add("--learning_rate", default=2e-4, type=positive, help="of Adam")
-    add("--lr_schedule", default="step", choices=["step", "cosine"], help="cosine: down to 0")
+    add(
+        "--lr_schedule", default="step", choices=["step", "cosine", "constant"], help="cosine: to 0"
+    )
     add("--lr_update", default=30, type=at_least(1), help="step: epochs between those of ×0.1")
     add("--lr_warmup", default=0, type=at_least(0), help="first steps, with a rising learning rate")
     add("--weight_decay", default=0.0, type=not_negative, help="decoupled (AdamW), of all weights")
@@ -285,13 +287,13 @@ def collapsed(loss: float, opt: argparse.Namespace, hardest: bool) -> bool:
 def learning_rate(opt: argparse.Namespace, epoch: int, step: int, steps_an_epoch: int) -> float:
     """Of optimizer step `step` of the run, counted from 0.
 
-    Released: ×0.1 every lr_update epochs. With lr_schedule "cosine" it falls to 0 over the run;
-    over the first lr_warmup steps it rises.
+    Released: ×0.1 every lr_update epochs. With lr_schedule "cosine" it falls to 0 over the run,
+    with "constant" it does not. Over the first lr_warmup steps it rises.
     """
     rate = opt.learning_rate
     if opt.lr_schedule == "cosine":
         rate *= (1 + math.cos(math.pi * step / (opt.num_epochs * steps_an_epoch))) / 2
-    else:
+    elif opt.lr_schedule == "step":
         rate *= 0.1 ** (epoch // opt.lr_update)
     return rate * min(1.0, (step + 1) / (opt.lr_warmup + 1))
 

@@ -39,6 +39,10 @@ def test_a_cosine_falls_to_zero_by_the_end():
     assert all(a > b for a, b in itertools.pairwise(found))
 
 
+def test_a_constant_rate_stays():
+    assert set(rates("--lr_schedule", "constant", "--lr_update", "1")) == {1}
+
+
 def test_a_warm_up_rises_to_the_schedule_and_then_leaves_it_alone():
     plain, warm = rates(), rates("--lr_warmup", "9")
     assert warm[:9] == pytest.approx([(k + 1) / 10 for k in range(9)])
