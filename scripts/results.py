@@ -224,9 +224,9 @@ def scenes_figure(folder: Path) -> plt.Figure:
 def variants_figure(folder: Path) -> plt.Figure:
     """Dev rsum against minutes of training: the mean of a variant's seeds, and their range."""
     fig, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
-    for color, (name, seeds) in zip(
-        plt.cm.tab10.colors * 2, variants(folder).items(), strict=False
-    ):
+    found = variants(folder).items()
+    found = [(name, seeds) for name, seeds in found if name not in ablations.ONE_PART]
+    for color, (name, seeds) in zip(plt.cm.tab10.colors * 2, found, strict=False):
         curves = [[line["rsum"] for line in seed.lines if line["type"] == "dev"] for seed in seeds]
         minutes = statistics.mean(60 * training_hours(seed.lines) for seed in seeds)
         n = min(map(len, curves))
