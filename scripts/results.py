@@ -171,7 +171,23 @@ def variants_table(folder: Path) -> str:
             f"{seeds[0].run['parameters'] / 1e6:.2f} M", f"{minutes:.1f} min",
         ]  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
+    if (folder / "cca.json").is_file():
+        rows.append(floor_row(folder / "cca.json"))
     return "\n".join(rows)
+
+
+def floor_row(path: Path) -> str:
+    """What cca.py found."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        low, high = found["bootstrap"]["rsum"]
+        return (
+            f"| linear CCA, mean region and words | – | {found['i2t']['r1']:.1f} "
+            f"| {found['t2i']['r1']:.1f} | {found['dev_rsum']:.1f} | **{found['rsum']:.1f}** "
+            f"| {low:.1f} – {high:.1f} | {found['parameters'] / 1e6:.2f} M | closed form |"
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the figures of scripts/cca.py ({error!r})") from error
 
 
 def scenes_table(folder: Path) -> str:

@@ -120,6 +120,19 @@ def test_a_log_older_than_an_option_has_its_default(results):
     refused(command(results, "--write"), "lhsc", "different options")
 
 
+def test_the_linear_floor_is_the_last_row(results):
+    path = results / "results/flickr8k/cca.json"
+    ranks = {"r1": 1.0, "r5": 2.0, "r10": 3.0}
+    found = {"i2t": ranks, "t2i": ranks, "rsum": 12.0, "dev_rsum": 14.0, "parameters": 20_000}
+    path.write_text(json.dumps(found | {"bootstrap": {"rsum": [11, 13]}}))
+    assert command(results, "--write").returncode == 0
+    row = ("| linear CCA, mean region and words | – | 1.0 | 1.0 | 14.0 | **12.0** | 11.0 – 13.0 "
+           "| 0.02 M | closed form |")  # fmt: skip
+    assert f"{row}\n<!-- flickr8k: end -->" in (results / "README.md").read_text()
+    path.write_text("{}")
+    refused(command(results, "--check"), "cca.json")
+
+
 def test_a_variant_without_its_diagnosis_is_refused(results):
     (results / "results/scenes/vse-s0/diagnosis.json").unlink()
     refused(command(results, "--write"), "vse-s0", "diagnosis.json")
