@@ -72,9 +72,8 @@ THREE = (0, 1, 2)
 FLICKR8K = dict.fromkeys(("lhsc", "released", "saf", "modern"), THREE)
 ONE_PART = ("ema", "cosine", "label-safe", "decay", "bf16", "batch")  # tried for --recipe modern
 FLICKR8K |= dict.fromkeys(("scan", "vse", *ONE_PART, "modern-long"), (0,))
-SCENES = dict.fromkeys(
-    ("lhsc", "graph-only", "words-only", "saf", "scan", "vse", "one-layer"), THREE
-)
+LAYERS, ALIGNMENTS = ("one-layer", "graph-only", "words-only"), ("attended", "local", "global")
+SCENES = dict.fromkeys(("lhsc", *LAYERS, "saf", *ALIGNMENTS, "scan", "vse"), THREE)
 SETS = {
     "flickr8k": Set(
         "--data_name f8k_precomp --embed_size 128 --sim_dim 32 --word_dim 100 --batch_size 32 "
