@@ -46,6 +46,7 @@ VARIANTS = {
     "saf": Variant("SAF (no graph, no word layers)", "--graph_layers 0 --text_layers 0"),
     "scan": Variant("SCAN, text to image", "--similarity scan --graph_layers 0 --text_layers 0"),
     "vse": Variant("VSE++", "--similarity vse --graph_layers 0 --text_layers 0"),
+    "long": Variant("LHSC, 12 epochs", "--num_epochs 12 --lr_update 8"),
     "modern": Variant("LHSC, `--recipe modern`", "--recipe modern"),
     "modern-long": Variant("LHSC, `--recipe modern`, 12 epochs", "--recipe modern --num_epochs 12"),
     "ema": Variant("LHSC, averaged weights", "--ema 0.999"),
@@ -69,9 +70,9 @@ class Set(NamedTuple):
 
 
 THREE = (0, 1, 2)
-FLICKR8K = dict.fromkeys(("lhsc", "released", "saf", "modern"), THREE)
+FLICKR8K = dict.fromkeys(("lhsc", "released", "saf", "scan", "vse", "modern", "modern-long"), THREE)
 ONE_PART = ("ema", "cosine", "label-safe", "decay", "bf16", "batch")  # tried for --recipe modern
-FLICKR8K |= dict.fromkeys(("scan", "vse", *ONE_PART, "modern-long"), (0,))
+FLICKR8K |= dict.fromkeys((*ONE_PART, "long"), (0,))
 LAYERS, ALIGNMENTS = ("one-layer", "graph-only", "words-only"), ("attended", "local", "global")
 SCENES = dict.fromkeys(("lhsc", *LAYERS, "saf", *ALIGNMENTS, "scan", "vse"), THREE)
 SETS = {
