@@ -70,9 +70,10 @@ class Set(NamedTuple):
 
 
 THREE = (0, 1, 2)
-FLICKR8K = dict.fromkeys(("lhsc", "released", "saf", "scan", "vse", "modern", "modern-long"), THREE)
+MODELS, RECIPES = ("lhsc", "released", "saf", "scan", "vse"), ("long", "modern", "modern-long")
+FLICKR8K = dict.fromkeys((*MODELS, *RECIPES), THREE)
 ONE_PART = ("ema", "cosine", "label-safe", "decay", "bf16", "batch")  # tried for --recipe modern
-FLICKR8K |= dict.fromkeys((*ONE_PART, "long"), (0,))
+FLICKR8K |= dict.fromkeys(ONE_PART, (0,))
 LAYERS, ALIGNMENTS = ("one-layer", "graph-only", "words-only"), ("attended", "local", "global")
 SCENES = dict.fromkeys(("lhsc", *LAYERS, "saf", *ALIGNMENTS, "scan", "vse"), THREE)
 SETS = {
