@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,20 +19,35 @@ class InputError(ValueError):
 def one_line(main: Callable[..., None]) -> Callable[..., None]:
     """Run a command line so that user errors and I/O errors print one line and exit with 2.
 
-    Bugs still raise with their traceback; Ctrl-C exits with 130.
+    Bugs still raise with their traceback; Ctrl-C exits with 130, a reader of our output that went
+    away (`| head`) with 141: the shell's numbers for SIGINT and SIGPIPE.
     """
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)
+            sys.stdout.flush()  # what cannot be written is told here, not by Python's own exit
         except (InputError, OSError) as error:
-            sys.exit(_complain(error))
+            sys.exit(141 if _reader_has_gone(error) else _complain(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
     return run
+
+
+def _reader_has_gone(error: Exception) -> bool:
+    """Whether `error` is of standard output's reader, not of a socket: one more line tells.
+
+    What standard output does not take would fail again, with a traceback, at Python's exit.
+    """
+    try:
+        print(end="\n" if isinstance(error, BrokenPipeError) else "", flush=True)
+    except OSError as again:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(again, BrokenPipeError)
+    return False
 
 
 def _complain(error: Exception) -> int:

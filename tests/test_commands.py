@@ -394,3 +394,42 @@ def test_the_papers_commands_are_real(tmp_path, script, missing):
         env=os.environ | {"PATH": path, "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
     refused(result, missing)
+
+
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize("n_lines", [1, 100_000])  # left in the buffer, and more than a pipe holds
+def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path, n_lines):
+    """`| head` has read enough: status 141, as of a program that SIGPIPE ended, and no message."""
+    (tmp_path / "lines.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from errors import one_line\n"
+        "@one_line\n"
+        "def main():\n"
+        "    sys.stdin.read()  # until the reader has gone\n"
+        f"    for i in range({n_lines}): print(i)\n"
+        "main()\n"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "lines.py"], cwd=tmp_path, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED,
+    )  # fmt: skip
+    command.stdout.close()
+    command.stdout = None
+    _, told = command.communicate(timeout=60)
+    assert (command.returncode, told) == (141, "")
+
+
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "lines.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from errors import one_line\n"
+        "one_line(lambda: print('a result'))()\n"
+    )
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "lines.py"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE,
+            text=True, timeout=60, env=BUFFERED,
+        )  # fmt: skip
+    refused(result, "No space left")
