@@ -2,14 +2,12 @@
 
     python scripts/diagnose.py --model_path runs/demo/checkpoint/model_best.pth.tar
 
-Each is a choice of two, so that guessing gets 50 %:
+Every question is a choice of two, so guessing gets 50 %. Equal scores count as wrong.
 
-    relation    a caption: its picture, or the twin (the same objects in another relation)?
+    relation    of a caption: its image, or the twin (the same objects in another relation)?
     shape, colour, size, count
-                a picture: its caption, or the same with one word made wrong
+                of an image: its caption, or the same caption with one word made wrong
                 ({split}_foils.jsonl, written by make_scenes.py)?
-
-Both of a pair scoring alike is a wrong answer.
 """
 
 from __future__ import annotations
@@ -24,41 +22,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Captions, PrecompDataset
-from errors import InputError, one_line
-from evaluation import (
-    DEFAULT_MODEL,
-    encode_captions,
-    encode_images,
-    load,
-    score,
-    select_device,
-    write_whole,
-)
-from model import LHSC
-from similarity import EncodedCaptions, EncodedImages
+from evaluation import DEFAULT_MODEL, encode_captions, encode_images, load, score
+from model import LHSC, EncodedCaptions, EncodedImages
+from utils import InputError, atomic_write, check_targets, one_line, select_device
 from vocab import Vocabulary
 
 KINDS = ("relation", "shape", "colour", "size", "count")
 IMAGES = 20  # scored at a time with their own captions
 
 
-def read_lines(path: Path, keys: set[str]) -> list[dict]:
-    """The objects of a file of make_scenes.py.
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a file of make_scenes.py.
 
     Raises:
-        InputError: if there is none, or it is another file.
+        InputError: if there is none, or they are not JSON.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: not found; scripts/make_scenes.py writes it for drawn scenes")
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: not found; it is written by scripts/make_scenes.py, for the drawn scenes only"
-        ) from None
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise InputError(f"{path}: not lines of JSON: {error}") from error
-    if not lines or not all(isinstance(line, dict) and keys <= line.keys() for line in lines):
-        raise InputError(f"{path}: expected lines with {', '.join(sorted(keys))}")
-    return lines
 
 
 def own_scores(
@@ -67,59 +51,49 @@ def own_scores(
     """Each caption's score with its own image: (n_captions,); image_of_caption is sorted."""
     own = np.empty(len(image_of_caption), dtype=np.float32)
     for start in range(0, len(images.image_global), IMAGES):
-        stop = min(start + IMAGES, len(images.image_global))
-        first, last = np.searchsorted(image_of_caption, (start, stop))
+        first, last = np.searchsorted(image_of_caption, (start, start + IMAGES))
         if first < last:
-            rows, columns = slice(start, stop), slice(int(first), int(last))
+            rows, columns = slice(start, start + IMAGES), slice(int(first), int(last))
             sims = score(model, images.rows(rows), captions.rows(columns))
-            mine = image_of_caption[columns] - start
-            own[columns] = sims[mine, np.arange(len(mine))]
+            own[columns] = sims[image_of_caption[columns] - start, np.arange(last - first)]
     return own
 
 
 def diagnose(
     model: LHSC, vocab: Vocabulary, dataset: PrecompDataset, folder: Path, device: torch.device
-) -> dict:
-    """Accuracy in percent of each of KINDS, and of how many questions: {"relation": {…}, …}.
+) -> dict[str, dict]:
+    """Accuracy in percent and number of questions of each kind: {"relation": {…}, …}.
 
-    A kind of which nothing is asked is left out.
+    Kinds without questions are left out.
 
     Raises:
-        InputError: if the folder's scenes or foils are missing, or those of another data set.
+        InputError: if the folder's scenes or foils are missing, or of another data set.
     """
-    scenes = read_lines(folder / f"{dataset.split}_scenes.jsonl", {"twin"})
-    foils = read_lines(folder / f"{dataset.split}_foils.jsonl", {"caption", "kind", "text"})
-    fit = len(scenes) == dataset.n_images and all(
-        scene["twin"] is None or scene["twin"] in range(dataset.n_images) for scene in scenes
-    )
-    if not fit or not all(
-        foil["caption"] in range(len(dataset))
-        and foil["kind"] in KINDS[1:]
-        and isinstance(foil["text"], str)
-        for foil in foils
-    ):
+    scenes = read_lines(folder / f"{dataset.split}_scenes.jsonl")
+    foils = read_lines(folder / f"{dataset.split}_foils.jsonl")
+    foils.sort(key=lambda foil: foil["caption"])
+    twin = np.array([-1 if scene["twin"] is None else scene["twin"] for scene in scenes])
+    caption_of_foil = np.array([foil["caption"] for foil in foils])
+    kinds = np.array([foil["kind"] for foil in foils])
+    fit = len(scenes) == dataset.n_images > twin.max() and caption_of_foil.max() < len(dataset)
+    if not fit:
         raise InputError(f"{folder}: its scenes or foils are not those of its {dataset.split}")
     images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
-    image = dataset.image_of_caption
-    own = own_scores(model, images, captions, image)
+    image_of_caption = dataset.image_of_caption
+    own = own_scores(model, images, captions, image_of_caption)
 
-    twin = np.array([-1 if scene["twin"] is None else scene["twin"] for scene in scenes])
-    with_twin = twin >= 0
     swapped = EncodedImages(images.region_emb[twin], images.image_global[twin])
-    of_twin = own_scores(model, swapped, captions, image)
-    right = {"relation": (own > of_twin)[with_twin[image]]}
+    right = own > own_scores(model, swapped, captions, image_of_caption)
+    answers = {"relation": right[(twin >= 0)[image_of_caption]]}
 
-    of = np.array([foil["caption"] for foil in foils])
-    order = np.argsort(of, kind="stable")
-    wrong = Captions([foils[i]["text"] for i in order], vocab)
-    encoded = encode_captions(model, wrong, device)
-    beaten = own[of[order]] > own_scores(model, images, encoded, image[of[order]])
-    kinds = np.array([foils[i]["kind"] for i in order])
-    right |= {kind: beaten[kinds == kind] for kind in KINDS[1:]}
+    texts = encode_captions(model, Captions([foil["text"] for foil in foils], vocab), device)
+    of_foils = own_scores(model, images, texts, image_of_caption[caption_of_foil])
+    right = own[caption_of_foil] > of_foils
+    answers |= {kind: right[kinds == kind] for kind in KINDS[1:]}
     return {
-        kind: {"accuracy": 100 * float(answers.mean()), "questions": len(answers)}
-        for kind, answers in right.items()
-        if len(answers)
+        kind: {"accuracy": 100 * float(right.mean()), "questions": len(right)}
+        for kind, right in answers.items()
+        if len(right)
     }
 
 
@@ -134,6 +108,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", default=None, type=Path, help="write the figures")
     opt = parser.parse_args()
+    check_targets(opt.json)
     device = select_device(opt.device)
     model, settings, vocab = load(opt.model_path, opt)
     dataset = PrecompDataset(
@@ -146,7 +121,7 @@ def main() -> None:
         print(f"{kind:9}{answers['accuracy']:6.1f} %  of {answers['questions']:,}")
     if opt.json is not None:
         text = json.dumps({"data": f"{dataset.name} {dataset.split}"} | result, indent=1) + "\n"
-        write_whole(opt.json, lambda file: file.write(text.encode()))
+        atomic_write(opt.json, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The linear floor: canonical correlations, and what it finds."""
+"""The linear baseline: its moments, its canonical correlations, and what it finds."""
 
 import json
 
+import cca
 import numpy as np
 import pytest
 import torch
-from cca import CCA, Moments, counts, mean_regions, tf_idf
 from conftest import write_split
-from test_commands import refused, run
+from test_commands import refused
+from test_visualize import call
 
 from data import PrecompDataset
 from vocab import build_from_data
@@ -20,51 +21,52 @@ def split(tiny):
 
 
 def pairs(dataset, n_words, idf):
-    x = mean_regions(dataset)[torch.from_numpy(dataset.image_of_caption)]
-    return x, tf_idf(counts(dataset, torch.arange(len(dataset)), n_words), idf)
+    """Every caption with its image: x (C, img_dim), y (C, V)."""
+    x = cca.mean_regions(dataset)[torch.from_numpy(dataset.image_of_caption)]
+    return x, cca.tf_idf(cca.word_counts(dataset, n_words), idf).to_dense()
 
 
-def test_words_are_counted_padding_is_not(split):
+def test_words_are_counted(split):
     dataset, n_words = split
-    found = counts(dataset, torch.tensor([3, 0]), n_words)
-    for row, caption in zip(found, (3, 0), strict=True):
-        expected = np.bincount(dataset.words(caption), minlength=n_words)
-        assert row.tolist() == expected.tolist()
+    counts = cca.word_counts(dataset, n_words).to_dense()
+    for k in range(len(dataset)):
+        assert counts[k].tolist() == np.bincount(dataset.words(k), minlength=n_words).tolist()
 
 
-def test_moments_do_not_depend_on_the_blocks(split, monkeypatch):
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_moments_are_those_of_the_pairs(split):
     dataset, n_words = split
-    whole = Moments.of(dataset, n_words)
-    monkeypatch.setattr("cca.BLOCK", 7)
-    for one, other in zip(whole, Moments.of(dataset, n_words), strict=True):
-        torch.testing.assert_close(one, other)
-    x, y = pairs(dataset, n_words, whole.idf)
-    covariance = torch.cov(torch.cat([x, y], 1).T, correction=0)
-    torch.testing.assert_close(whole.xx, covariance[: x.shape[1], : x.shape[1]])
-    torch.testing.assert_close(whole.xy, covariance[: x.shape[1], x.shape[1] :])
-    torch.testing.assert_close(whole.yy, covariance[x.shape[1] :, x.shape[1] :])
-
-
-def test_maps_are_uncorrelated_but_for_their_partner(split):
-    dataset, n_words = split
-    moments = Moments.of(dataset, n_words)
-    cca = CCA.of(moments, 1e-9)
+    moments = cca.Moments.of(dataset, n_words)
     x, y = pairs(dataset, n_words, moments.idf)
-    found = torch.corrcoef(torch.cat([(x @ cca.x_map), (y @ cca.y_map)], 1).T)
+    torch.testing.assert_close(y.norm(dim=1), torch.ones(len(y)).double())
+    covariance, n = torch.cov(torch.cat([x, y], 1).T, correction=0), x.shape[1]
+    torch.testing.assert_close(moments.xx, covariance[:n, :n])
+    torch.testing.assert_close(moments.xy, covariance[:n, n:])
+    torch.testing.assert_close(moments.yy, covariance[n:, n:])
+
+
+def test_projections_are_uncorrelated_but_for_their_partner(split):
+    dataset, n_words = split
+    moments = cca.Moments.of(dataset, n_words)
+    fitted = cca.CCA.of(moments, 1e-9)
+    x, y = pairs(dataset, n_words, moments.idf)
+    found = torch.corrcoef(torch.cat([x @ fitted.x_map, y @ fitted.y_map], 1).T)
     k = x.shape[1]
     torch.testing.assert_close(found[:k, :k], torch.eye(k).double(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(found[:k, k:], cca.correlations.diag(), rtol=0, atol=1e-4)
-    assert 0.8 < cca.correlations[0] < 1 and (cca.correlations.diff() <= 0).all()
+    torch.testing.assert_close(found[:k, k:], fitted.correlations.diag(), rtol=0, atol=1e-4)
+    assert 0.8 < fitted.correlations[0] < 1 and (fitted.correlations.diff() <= 0).all()
 
 
-def test_from_the_command_line(tiny):
-    done = run(tiny, "scripts/cca.py", "--data_name", "tiny", "--json", "cca.json")
+def test_the_command_tests_what_is_best_on_dev(tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    done = call(cca.main, "--data_name", "tiny", "--json", "cca.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tiny / "cca.json").read_text())
-    tried = [
-        float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if "shrink" in line
-    ]
+    lines = [line for line in done.stdout.splitlines() if "shrink" in line]
+    tried = [float(line.rpartition(" ")[2]) for line in lines]
     assert found["dev_rsum"] == pytest.approx(max(tried), abs=0.05)
-    assert found["bootstrap"]["rsum"][0] <= found["rsum"] <= found["bootstrap"]["rsum"][1]
+    low, high = found["bootstrap"]["rsum"]
+    assert 100 < low <= found["rsum"] <= high
+    refused(call(cca.main, "--data_name", "tiny", "--json", "none/cca.json"), "none/cca.json")
     write_split(tiny / "data/tiny", "test", 10, img_dim=9)
-    refused(run(tiny, "scripts/cca.py", "--data_name", "tiny"), "test_ims.npy", "9 numbers")
+    refused(call(cca.main, "--data_name", "tiny"), "test_ims.npy", "img_dim is 9")

@@ -1,153 +1,158 @@
-"""The README's tables come from logs."""
+"""The tables come from logs, and the logs from ablations.py."""
 
 import json
+import shutil
 
+import ablations
+import make_scenes
 import pytest
 from conftest import ROOT
 from diagnose import KINDS
 from PIL import Image
-from test_commands import refused, run
+from test_commands import refused
+from test_visualize import call
+
+import results
+
+MARKS = "\n{0}:\n<!-- {0}: begin -->\nold\n<!-- {0}: end -->\n"
+
+
+def write_run(folder, seed, rsum):
+    """The logs of a run: 600 steps of half a second, two epochs."""
+    recalls = {"r1": rsum / 10, "r5": 20.0, "r10": 30.0, "medr": 5.0, "meanr": 9.0}
+    header = {"type": "run", "seed": seed, "hardware": {"device": "a CPU"},
+              "parameters": 1_230_000, "arguments": {"embed_size": 8, "seed": seed}}  # fmt: skip
+    lines = [header]
+    for epoch in (0, 1):
+        place = {"epoch": epoch, "step": 300 * (1 + epoch)}
+        dev = {"rsum": rsum + 10 - epoch, "i2t": recalls, "t2i": recalls}
+        lines += [{"type": "train", "batch_time": 0.5, "loss": 9.0} | place]
+        lines += [{"type": "dev"} | place | dev]
+    test = {"i2t": recalls, "t2i": recalls, "rsum": rsum,
+            "bootstrap": {"rsum": [rsum - 5, rsum + 7]}}  # fmt: skip
+    diagnosis = {kind: {"accuracy": rsum - 20, "questions": 9} for kind in KINDS}
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "test.json").write_text(json.dumps(test))
+    (folder / "diagnosis.json").write_text(json.dumps(diagnosis))
+    return test
 
 
 @pytest.fixture
-def results(tmp_path):
-    folder = tmp_path / "results" / "a run"
-    folder.mkdir(parents=True)
-    lines = [
-        {"type": "run", "seed": 3, "hardware": {"device": "a CPU", "threads": 2}},
-        {"type": "train", "epoch": 0, "step": 100, "batch_time": 18.0},
-        {"type": "dev", "epoch": 0, "step": 100, "rsum": 100.0},
-        {"type": "train", "epoch": 1, "step": 150, "batch_time": 36.0},
-        {"type": "dev", "epoch": 1, "step": 150, "rsum": 90.0},
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    ranks = {"r1": 10.04, "r5": 20.0, "r10": 30.0, "medr": 5.0, "meanr": 9.0}
-    test = {"i2t": ranks, "t2i": ranks, "rsum": 120.08, "protocol": "X 1K"}
-    (folder / "test.json").write_text(json.dumps(test))
-    part = {"seconds": 1.5, "saved_activations": 4e9, "peak_memory": None}
-    figures = {
-        "machine": {"device": "a CPU", "threads": 2, "torch": "2.0"},
-        "training": {"batch": 128, "ratio": 2.5, "loop": part | {"seconds": 3.75}, "ours": part},
-    }
-    (tmp_path / "results" / "speed").mkdir()
-    (tmp_path / "results" / "speed" / "cpu.json").write_text(json.dumps(figures))
-    seconds = {"all": 0.034, "encode": 0.004, "candidates": 0.01}
-    timed = {"n_images": 9000, "bytes": 2e9, "build_seconds": 7, "seconds": seconds}
-    ways = {way: {"10": {"r1": 1.0, "r10": 2.0, "top10_kept": 30}} for way in ("product", "cosine")}
-    recall = {"data": "X test", "all": {"r1": 3.0, "r10": 4.0}} | ways
-    searched = {"machine": {"device": "a CPU", "threads": 2}, "recall": [recall], "time": [timed]}
-    (tmp_path / "results" / "search").mkdir()
-    (tmp_path / "results" / "search" / "cpu.json").write_text(json.dumps(searched))
-    shared = {"machine": {"device": "a CPU", "cpu": True, "torch": "2.0"}, "batch_size": 64,
-              "runs": [{"processes": n, "seconds": 8.0 / n} for n in (1, 2)]}  # fmt: skip
-    (tmp_path / "results" / "distributed").mkdir()
-    (tmp_path / "results" / "distributed" / "cpu.json").write_text(json.dumps(shared))
-    for variant, seed, rsum in (("lhsc", 0, 100.0), ("lhsc", 1, 104.0), ("vse", 0, 90.0)):
-        write_variant(tmp_path / "results", variant, seed, rsum)
-    readme = tmp_path / "README.md"
-    readme.write_text(
-        "head\n<!-- results: begin -->\nold\n<!-- results: end -->\nbetween\n"
-        "<!-- speed: begin -->\nold\n<!-- speed: end -->\n"
-        "<!-- distributed: begin -->\nold\n<!-- distributed: end -->\n"
-        "<!-- search: begin -->\nold\n<!-- search: end -->\n"
-        "<!-- flickr8k: begin -->\nold\n<!-- flickr8k: end -->\n"
-        "<!-- scenes: begin -->\nold\n<!-- scenes: end -->\n"
-        "<!-- experiments: begin -->\nold\n<!-- experiments: end -->\ntail\n"
-    )
+def root(tmp_path):
+    """A repo's README, results and fig folders, with made-up logs."""
+    folder = tmp_path / "results"
+    for name in ("flickr8k", "scenes"):
+        for variant, seed, rsum in (("lhsc", 0, 100.0), ("lhsc", 1, 104.0), ("vse", 0, 90.0)):
+            test = write_run(folder / name / f"{variant}-s{seed}", seed, rsum)
+    cca = test | {"dev_rsum": 14.0, "parameters": 20_000}
+    (folder / "flickr8k/cca.json").write_text(json.dumps(cca))
+    what = {"what": "training step, batch 128, paper size (D 1024, S 256)"}
+    ways = {"official loop": 3.0, "fp32": 1.5}
+    steps = [what | {"way": way, "seconds": seconds} for way, seconds in ways.items()]
+    speed = {"machine": {"device": "a CPU"}, "training": steps}
+    (folder / "speed").mkdir()
+    (folder / "speed/cpu.json").write_text(json.dumps(speed))
+    (tmp_path / "fig").mkdir()
+    (tmp_path / "README.md").write_text(f"head{MARKS.format('results')}tail\n")
+    names = ("flickr8k", "scenes", "paper")
+    (folder / "README.md").write_text("".join(map(MARKS.format, names)))
     return tmp_path
 
 
-def write_variant(results, variant, seed, rsum):
-    """A run of ablations.py on both of its data sets."""
-    header = {"type": "run", "seed": seed, "hardware": {"device": "a CPU", "threads": 1},
-              "parameters": 1_230_000, "arguments": {"embed_size": 8, "seed": seed}}  # fmt: skip
-    lines = [header, {"type": "train", "epoch": 0, "step": 600, "batch_time": 0.5},
-             {"type": "dev", "epoch": 0, "step": 600, "rsum": rsum + 10}]  # fmt: skip
-    ranks = {"r1": rsum / 10, "r5": 20.0, "r10": 30.0, "medr": 5.0, "meanr": 9.0}
-    test = {"i2t": ranks, "t2i": ranks, "rsum": rsum, "protocol": "X",
-            "bootstrap": {"samples": 100, "rsum": [rsum - 5, rsum + 7]}}  # fmt: skip
-    kinds = {kind: {"accuracy": rsum - 20, "questions": 9} for kind in KINDS}
+def command(root, *arguments):
+    return call(results.main, "--root", root, *arguments)
+
+
+def test_tables_and_figures_are_written_and_checked(root):
+    assert command(root, "--check").returncode == 1
+    assert command(root, "--write").returncode == 0
+    assert command(root, "--check").returncode == 0
+    short, text = (root / "README.md").read_text(), (root / "results/README.md").read_text()
+    assert short.startswith("head\n") and short.endswith("tail\n")
+    assert "old" not in short + text and text.count("begin -->") == 3
+    assert "| LHSC | 2 | 10.2 ± 0.3 | 10.2 ± 0.3 | **102.0 ± 2.8** |\n" in short
+    for row in (
+        "| linear CCA, mean region and words | – | 9.0 | 9.0 | 14.0 | **90.0** | 85.0 – 97.0 | – "
+        "| 0.02 M | closed form | – |",
+        "| LHSC | 2 | 10.2 ± 0.3 | 10.2 ± 0.3 | 112.0 ± 2.8 | **102.0 ± 2.8** | 97.0 – 109.0 | 2 "
+        "| 1.23 M | 5.0 min | a CPU |",
+        "| LHSC | 2 |" + 5 * " 82.0 ± 2.8 |" + " 102.0 ± 2.8 | 1.23 M | 5.0 min | a CPU |",
+        "| VSE++ | 1 |" + 5 * " 70.0 |" + " 90.0 | 1.23 M | 5.0 min | a CPU |",
+        "| on | precision | a step | Flickr30K, 56,650 steps | MS-COCO, 221,300 steps |",
+        "| a CPU | fp32 | 1.50 s | 24 h | 92 h |",
+    ):
+        assert f"{row}\n" in text
     for name in ("flickr8k", "scenes"):
-        folder = results / name / f"{variant}-s{seed}"
-        folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        (folder / "test.json").write_text(json.dumps(test))
-    (folder / "diagnosis.json").write_text(json.dumps(kinds))
-
-
-def command(folder, *arguments):
-    return run(folder, "scripts/results.py", "--results", "results", "--readme", "README.md",
-               *arguments)  # fmt: skip
-
-
-def test_the_table_is_written_and_checked(results):
-    assert command(results, "--check").returncode == 1
-    assert command(results, "--write").returncode == 0
-    text = (results / "README.md").read_text()
-    assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
-    assert "\nbetween\n" in text
-    assert "| training step, batch 128, here | 1.50 s | 2.50× | 4.00 GB saved" in text
-    assert "| 2 | 4.00 s | 2.00× | 100% |" in text
-    assert "| 9,000 | 2.00 GB | 7 s | 34 ms | 4 ms | 10 ms | 20 ms |" in text
-    assert "| 1.0 / 2.0 (30 %) | – | – | – | – | 3.0 / 4.0 |" in text
-    assert ("| a run | X 1K | 10.0 / 20.0 / 30.0 | 10.0 / 20.0 / 30.0 | **120.1** | 100.0 "
-            "| 2, 1.1 h | a CPU, 2 threads | 3 |") in text  # fmt: skip
-    assert ("| LHSC | 2 | 10.2 ± 0.3 | 10.2 ± 0.3 | 112.0 ± 2.8 | **102.0 ± 2.8** | 97.0 – 109.0 "
-            "| 1.23 M | 5.0 min |") in text  # fmt: skip
-    assert "| VSE++ | 1 | 9.0 | 9.0 | 100.0 | **90.0** | 85.0 – 97.0 | 1.23 M | 5.0 min |" in text
-    assert ("| LHSC | 2 | 82.0 ± 2.8 | 82.0 ± 2.8 | 82.0 ± 2.8 | 82.0 ± 2.8 | 82.0 ± 2.8 "
-            "| 102.0 ± 2.8 | 1.23 M | 5.0 min |") in text  # fmt: skip
-    assert "| Flickr30K | `bash scripts/train_f30k.sh` |" in text and "56,650" in text
-    assert "Flickr30K 24 h" in text  # 1.5 s a step
-    assert command(results, "--check").returncode == 0
-    for name in ("scenes.png", "flickr8k.png"):
-        with Image.open(results / "fig" / name) as picture:
+        with Image.open(root / f"fig/{name}.png") as picture:
             assert min(picture.size) > 100
 
 
-def test_seeds_of_a_variant_differ_in_nothing_else(results):
-    path = results / "results/flickr8k/lhsc-s1/metrics.jsonl"
-    path.write_text(path.read_text().replace('"embed_size": 8', '"embed_size": 9'))
-    refused(command(results, "--write"), "lhsc", "different options")
+def test_what_is_not_measured_is_said(root):
+    shutil.rmtree(root / "results/flickr8k")
+    assert command(root, "--write").returncode == 0
+    assert "begin -->\nNot measured yet.\n<!-- results: end" in (root / "README.md").read_text()
 
 
-def test_a_log_older_than_an_option_has_its_default(results):
-    path = results / "results/flickr8k/lhsc-s1/metrics.jsonl"
-    text = path.read_text()
-    path.write_text(text.replace('"embed_size": 8', '"embed_size": 8, "precision": "fp32"'))
-    assert command(results, "--write").returncode == 0
-    path.write_text(text.replace('"embed_size": 8', '"embed_size": 8, "precision": "bf16"'))
-    refused(command(results, "--write"), "lhsc", "different options")
+@pytest.mark.parametrize("name, old, new, words", [
+    ("flickr8k/lhsc-s1/metrics.jsonl", '"embed_size": 8', '"embed_size": 9', ("--embed_size",)),
+    ("flickr8k/lhsc-s1/metrics.jsonl", '"dev"', "dev", ("metrics.jsonl, line 3",)),
+    ("flickr8k/lhsc-s1/metrics.jsonl", '"dev"', '"de"', ("metrics.jsonl", "whole run")),
+    ("flickr8k/lhsc-s1/test.json", "bootstrap", "boots", ("lhsc-s1/test.json", "bootstrap")),
+    ("flickr8k/cca.json", "{", "", ("cca.json", "JSON")),
+    ("scenes/vse-s0/diagnosis.json", "count", "counts", ("vse-s0/diagnosis.json", "count")),
+    ("README.md", "scenes: end", "", ("README.md", "scenes: end")),
+])  # fmt: skip
+def test_logs_that_cannot_be_used_are_named(root, name, old, new, words):
+    path = root / "results" / name
+    path.write_text(path.read_text().replace(old, new))
+    refused(command(root), *words)
 
 
-def test_the_linear_floor_is_the_last_row(results):
-    path = results / "results/flickr8k/cca.json"
-    ranks = {"r1": 1.0, "r5": 2.0, "r10": 3.0}
-    found = {"i2t": ranks, "t2i": ranks, "rsum": 12.0, "dev_rsum": 14.0, "parameters": 20_000}
-    path.write_text(json.dumps(found | {"bootstrap": {"rsum": [11, 13]}}))
-    assert command(results, "--write").returncode == 0
-    row = ("| linear CCA, mean region and words | – | 1.0 | 1.0 | 14.0 | **12.0** | 11.0 – 13.0 "
-           "| 0.02 M | closed form |")  # fmt: skip
-    assert f"{row}\n<!-- flickr8k: end -->" in (results / "README.md").read_text()
-    path.write_text("{}")
-    refused(command(results, "--check"), "cca.json")
+def test_an_option_that_only_one_log_knows_makes_no_difference(root):
+    path = root / "results/flickr8k/lhsc-s1/metrics.jsonl"
+    path.write_text(path.read_text().replace('"embed_size": 8', '"embed_size": 8, "ema": 0'))
+    assert command(root).returncode == 0
 
 
-def test_a_variant_without_its_diagnosis_is_refused(results):
-    (results / "results/scenes/vse-s0/diagnosis.json").unlink()
-    refused(command(results, "--write"), "vse-s0", "diagnosis.json")
-
-
-def test_a_run_without_its_logs_is_refused(results):
-    (results / "results" / "a run" / "test.json").unlink()
-    refused(command(results, "--check"), "a run", "test.json")
-
-
-def test_what_is_no_benchmark_is_refused(results):
-    (results / "results" / "speed" / "cpu.json").write_text("{}")
-    refused(command(results, "--check"), "speed", "training")
-
-
-def test_this_readme_and_these_logs_agree():
-    result = run(ROOT, "scripts/results.py", "--check")
+def test_the_tables_of_this_repo_are_those_of_its_logs():
+    result = call(results.main, "--root", ROOT, "--check")
     assert result.returncode == 0, result.stderr
+
+
+# -- ablations.py ---------------------------------------------------------------------------------
+
+
+def test_ablations_go_on_where_they_were(tmp_path, monkeypatch):
+    """The commands are real, the logs are kept, and what is done is left out."""
+    monkeypatch.chdir(tmp_path)
+    make_scenes.make_scenes(tmp_path / "data", 0, {"train": 14, "dev": 4, "test": 4})
+    options = ("scenes", "--only", "vse", "--seeds", 4, "--results", "results")
+    listed = call(ablations.main, *options, "--list").stdout
+    assert "--similarity vse" in listed and "--seed 4" in listed and "--resume" not in listed
+    done = call(ablations.main, *options)
+    assert done.returncode == 0, (tmp_path / "runs/ablations/scenes/vse-s4/output.txt").read_text()
+    kept = tmp_path / "results/scenes/vse-s4"
+    assert {p.name for p in kept.iterdir()} == {"metrics.jsonl", "test.json", "diagnosis.json"}
+    assert json.loads((kept / "test.json").read_text())["bootstrap"]["samples"] == 1000
+    assert "0 of 0 runs" in call(ablations.main, *options).stdout
+    (kept / "test.json").unlink()  # as if stopped here
+    assert "--resume" in call(ablations.main, *options, "--list").stdout
+    refused(call(ablations.main, "scenes", "--only", "sgr"), "sgr", "lhsc")
+
+
+def test_a_failed_run_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # there is no data
+    result = call(ablations.main, "scenes", "--only", "vse", "--seeds", 0, "--results", "results")
+    assert result.returncode == 1 and "0 of 1 runs done" in result.stdout
+    assert "vse-s0: failed, see runs/ablations/scenes/vse-s0/output.txt" in result.stderr
+
+
+@pytest.mark.parametrize("name", ablations.SETS)
+def test_every_variant_is_a_command_of_train(name):
+    """Its options are understood by train.py."""
+    import train
+
+    a_set = ablations.SETS[name]
+    for _, options in a_set.variants.values():
+        train.options().parse_args([*a_set.common.split(), *options.split()])
