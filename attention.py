@@ -1,30 +1,34 @@
 """The attentions of LHSC: words over words, pooling over one side, words over regions.
 
-Captions of a batch stand end to end, packed: `word_emb` is (W, D), `lengths` (C,) counts the words
-of each caption and `owner` (W,) names the caption of each word. Nothing is padded, so nothing has
-to be masked, and all captions are handled at once.
+The captions of a batch stand end to end: `word_emb` is (W, D), `lengths` (C,) counts the words of
+each caption, and `caption_index` (W,) names the caption of each word. Nothing is padded, so nothing
+has to be masked, and all captions are handled at once.
 
 Shape letters: B images, C captions, R regions, W words of all captions end to end, L longest
-caption, D joint size.
+caption, D joint size, S similarity size; b images of one chunk, w words of one chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from distributed import BatchNorm1d
 
 EPS = 1e-8
-SHARPNESS = 9.0  # of the softmax over regions
+LAMBDA_SOFTMAX = 9.0  # inverse temperature of the attention over regions; SCAN's lambda_softmax
 
 
 def l2norm(x: Tensor, dim: int = -1, eps: float = EPS) -> Tensor:
     """x / (‖x‖ + eps) along `dim`; any shape, same shape out.
 
-    eps is added to the length, as in the released code (`F.normalize` clamps instead). An
-    all-zero vector stays zero and gets a zero gradient, where the square root would give NaN.
+    eps is added to the length, as in the official code (`F.normalize` clamps instead). An all-zero
+    vector stays zero and gets a zero gradient, where the square root would give NaN.
     """
     return x * inverse_length(torch.linalg.vector_norm(x, dim=dim, keepdim=True), eps)
 
@@ -32,6 +36,12 @@ def l2norm(x: Tensor, dim: int = -1, eps: float = EPS) -> Tensor:
 def inverse_length(length: Tensor, eps: float = EPS) -> Tensor:
     """1 / (length + eps), and 0 where the length is 0, so that no gradient passes there."""
     return (length + eps).reciprocal().masked_fill(length == 0, 0)
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root of x ≥ 0 whose gradient at 0 is 0 instead of infinite."""
+    zero = x == 0
+    return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def init_xavier(module: nn.Module) -> None:
@@ -42,33 +52,39 @@ def init_xavier(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def matmul(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x @ y, multiplied in `dtype` if one is given; the result has the dtype of x."""
+    return (x.to(dtype or x.dtype) @ y.to(dtype or y.dtype)).to(x.dtype)
+
+
 # -- sums over the words of each caption ----------------------------------------------------------
 
 
-def owner_of(lengths: Tensor) -> Tensor:
-    """The caption of each word: lengths (C,) -> owner (W,)."""
+def caption_index_of(lengths: Tensor) -> Tensor:
+    """The caption of each word: lengths (C,) -> caption_index (W,)."""
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
 
-def segment_sum(x: Tensor, owner: Tensor, n_captions: int, dim: int) -> Tensor:
+def segment_sum(x: Tensor, caption_index: Tensor, n_captions: int, dim: int) -> Tensor:
     """Sum over the words of each caption: `dim` of x shrinks from W to C."""
     shape = list(x.shape)
     shape[dim] = n_captions
-    return x.new_zeros(shape).index_add_(dim, owner, x)
+    return x.new_zeros(shape).index_add_(dim, caption_index, x)
 
 
-def segment_softmax(logits: Tensor, owner: Tensor, n_captions: int) -> Tensor:
+def segment_softmax(logits: Tensor, caption_index: Tensor, n_captions: int) -> Tensor:
     """Softmax over the words of each caption: (…, W) -> (…, W)."""
     peak = logits.new_full((*logits.shape[:-1], n_captions), -torch.inf)
-    peak = peak.scatter_reduce(-1, owner.expand_as(logits), logits.detach(), "amax")
-    exp = (logits - peak.index_select(-1, owner)).exp()
-    return exp / segment_sum(exp, owner, n_captions, dim=-1).index_select(-1, owner)
+    peak = peak.scatter_reduce(-1, caption_index.expand_as(logits), logits.detach(), "amax")
+    exp = (logits - peak.index_select(-1, caption_index)).exp()
+    sums = segment_sum(exp, caption_index, n_captions, dim=-1)
+    return exp / sums.index_select(-1, caption_index)
 
 
 def word_mean(word_emb: Tensor, lengths: Tensor) -> Tensor:
     """The mean word of each caption: word_emb (W, D), lengths (C,) -> (C, D)."""
-    owner, n_captions = owner_of(lengths), len(lengths)
-    return segment_sum(word_emb, owner, n_captions, dim=0) / lengths.unsqueeze(1)
+    sums = segment_sum(word_emb, caption_index_of(lengths), len(lengths), dim=0)
+    return sums / lengths.unsqueeze(1)
 
 
 # -- words over words -----------------------------------------------------------------------------
@@ -77,15 +93,15 @@ def word_mean(word_emb: Tensor, lengths: Tensor) -> Tensor:
 class WordSelfAttention(nn.Module):
     """One level of word relations: x ← x + (l gᵀ / n) u, an affinity without softmax.
 
-    l, g, u = dropout(tanh(linear(x))). With a mask, only the caption's own words are attended to
-    and n is its own length; without one (the released code), `<pad>` words take part and n is the
+    l, g, u = dropout(tanh(linear(x))). With a mask, words attend only to words of their caption,
+    and n is its length. Without one (the official code), `<pad>` words take part and n is the
     longest caption of the batch, so a caption's embedding depends on its neighbours.
     """
 
     def __init__(self, word_dim: int, drop_out: float = 0.0) -> None:
         super().__init__()
         self.local = nn.Linear(word_dim, word_dim)
-        self.globl = nn.Linear(word_dim, word_dim)
+        self.global_ = nn.Linear(word_dim, word_dim)
         self.value = nn.Linear(word_dim, word_dim)
         self.dropout = nn.Dropout(drop_out)
         init_xavier(self)
@@ -93,9 +109,9 @@ class WordSelfAttention(nn.Module):
     def forward(self, words: Tensor, mask: Tensor | None) -> Tensor:
         """words (C, L, word_dim), mask (C, L) True on words or None -> (C, L, word_dim)."""
         local = self.dropout(torch.tanh(self.local(words)))
-        globl = self.dropout(torch.tanh(self.globl(words)))
+        global_ = self.dropout(torch.tanh(self.global_(words)))
         value = self.dropout(torch.tanh(self.value(words)))
-        affinity = local @ globl.transpose(1, 2)  # (C, L, L)
+        affinity = local @ global_.transpose(1, 2)  # (C, L, L)
         if mask is None:
             affinity = affinity / words.shape[1]
         else:
@@ -108,7 +124,7 @@ class WordSelfAttention(nn.Module):
 
 
 class RegionPooling(nn.Module):
-    """The global image vector: regions weighed by how they agree with their mean.
+    """The global image vector: regions weighted by how they agree with their mean.
 
     h_r = dropout(tanh(BN_R(W v_r)))         BN over the region's position, R channels
     k   = dropout(tanh(BN_D(W' mean_r v_r)))
@@ -119,8 +135,8 @@ class RegionPooling(nn.Module):
         super().__init__()
         self.local = nn.Linear(embed_size, embed_size)
         self.local_bn = BatchNorm1d(num_regions)
-        self.globl = nn.Linear(embed_size, embed_size)
-        self.globl_bn = BatchNorm1d(embed_size)
+        self.global_ = nn.Linear(embed_size, embed_size)
+        self.global_bn = BatchNorm1d(embed_size)
         self.common = nn.Linear(embed_size, 1)
         self.dropout = nn.Dropout(dropout)
         init_xavier(self)
@@ -128,8 +144,8 @@ class RegionPooling(nn.Module):
     def weights(self, region_emb: Tensor) -> Tensor:
         """region_emb (B, R, D) -> weights (B, R), each row sums to 1."""
         local = self.dropout(torch.tanh(self.local_bn(self.local(region_emb))))
-        globl = self.dropout(torch.tanh(self.globl_bn(self.globl(region_emb.mean(1)))))
-        return self.common(local * globl.unsqueeze(1)).squeeze(-1).softmax(dim=1)
+        global_ = self.dropout(torch.tanh(self.global_bn(self.global_(region_emb.mean(1)))))
+        return self.common(local * global_.unsqueeze(1)).squeeze(-1).softmax(dim=1)
 
     def forward(self, region_emb: Tensor) -> Tensor:
         """region_emb (B, R, D) -> image_global (B, D)."""
@@ -143,67 +159,23 @@ class WordPooling(nn.Module):
     def __init__(self, embed_size: int, dropout: float) -> None:
         super().__init__()
         self.local = nn.Linear(embed_size, embed_size)
-        self.globl = nn.Linear(embed_size, embed_size)
+        self.global_ = nn.Linear(embed_size, embed_size)
         self.common = nn.Linear(embed_size, 1)
         self.dropout = nn.Dropout(dropout)
         init_xavier(self)
 
     def weights(self, word_emb: Tensor, lengths: Tensor) -> Tensor:
         """word_emb (W, D), lengths (C,) -> weights (W,), those of a caption sum to 1."""
-        owner, n_captions = owner_of(lengths), len(lengths)
+        caption_index = caption_index_of(lengths)
         local = self.dropout(torch.tanh(self.local(word_emb)))
-        globl = self.dropout(torch.tanh(self.globl(word_mean(word_emb, lengths))))
-        logits = self.common(local * globl.index_select(0, owner)).squeeze(-1)
-        return segment_softmax(logits, owner, n_captions)
+        global_ = self.dropout(torch.tanh(self.global_(word_mean(word_emb, lengths))))
+        logits = self.common(local * global_.index_select(0, caption_index)).squeeze(-1)
+        return segment_softmax(logits, caption_index, len(lengths))
 
     def forward(self, word_emb: Tensor, lengths: Tensor) -> Tensor:
         """word_emb (W, D), lengths (C,) -> caption_global (C, D)."""
         weighted = self.weights(word_emb, lengths).unsqueeze(1) * word_emb
-        return l2norm(segment_sum(weighted, owner_of(lengths), len(lengths), dim=0))
-
-
-class AttendedPooling(nn.Module):
-    """The global image vector as a caption sees it (the paper's figure).
-
-    As WordPooling, of the regions m_l that the caption's words attend to:
-
-    h_l = dropout(tanh(W m_l + b)),  k = dropout(tanh(W' mean_l m_l + b'))
-    î   = l2norm(Σ_l softmax_l(c · (h_l ∘ k) + c₀) m_l)
-
-    With m_l = Σ_r weight_lr v_r, W and W' meet the R regions of an image, not the words of all
-    captions. Time for an image: W R D + W D, and D² R once; memory: W D.
-    """
-
-    def __init__(self, embed_size: int, dropout: float) -> None:
-        super().__init__()
-        self.local = nn.Linear(embed_size, embed_size)
-        self.globl = nn.Linear(embed_size, embed_size)
-        self.common = nn.Linear(embed_size, 1)
-        self.dropout = nn.Dropout(dropout)
-        init_xavier(self)
-
-    def forward(
-        self,
-        weights: Tensor,
-        region_emb: Tensor,
-        lengths: Tensor,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """weights (B, W, R), region_emb (B, R, D), lengths (C,) -> (B, C, R).
-
-        The sum of the regions by these weights is î, of length 1. dtype: as cross_attention's.
-        """
-        owner, n_captions = owner_of(lengths), len(lengths)
-        mean = segment_sum(weights, owner, n_captions, dim=1) / lengths.view(-1, 1)  # (B, C, R)
-        local, globl = (
-            product(part, product(region_emb, fc.weight.T, dtype), dtype) + fc.bias
-            for part, fc in ((weights, self.local), (mean, self.globl))
-        )  # (B, W, D), (B, C, D)
-        local, globl = self.dropout(torch.tanh(local)), self.dropout(torch.tanh(globl))
-        logits = self.common(local * globl.index_select(1, owner)).squeeze(-1)  # (B, W)
-        pooling = segment_softmax(logits, owner, n_captions).unsqueeze(-1)
-        pooled = segment_sum(pooling * weights, owner, n_captions, dim=1)  # (B, C, R)
-        return unit_weights(pooled, region_emb)
+        return l2norm(segment_sum(weighted, caption_index_of(lengths), len(lengths), dim=0))
 
 
 # -- words over regions ---------------------------------------------------------------------------
@@ -212,31 +184,27 @@ class AttendedPooling(nn.Module):
 def cross_attention(
     region_emb: Tensor,
     word_emb: Tensor,
-    owner: Tensor,
+    caption_index: Tensor,
     n_captions: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Word-guided attention over the regions of each image.
+    """Word-guided attention over the regions of each image, as weights of a unit vector.
 
     A = leaky_relu₀.₁(q v), each region's column divided by its length over the words of the
-    caption, softmax over regions of SHARPNESS · A.
+    caption, softmax over regions of LAMBDA_SOFTMAX · A; then divided by ‖Σ_r weight_r v_r‖, so
+    that m_l = Σ_r weight_lr v_r = l2norm(Σ_r softmax_lr v_r).
 
-    region_emb (B, R, D), word_emb (W, D), owner (W,) -> weights (B, W, R), rows sum to 1.
+    region_emb (B, R, D), word_emb (W, D), caption_index (W,) -> weights (B, W, R).
     dtype: of the large matrix products, None for the inputs'.
     """
     n_images, n_regions, _ = region_emb.shape
-    affinity = product(word_emb, region_emb.flatten(0, 1).T, dtype)  # (W, B R): one product
+    affinity = matmul(word_emb, region_emb.flatten(0, 1).T, dtype)  # (W, B R)
     affinity = F.leaky_relu(affinity, 0.1)
-    affinity = affinity.view(-1, n_images, n_regions)  # (W, B, R)
-    squared = segment_sum(affinity.square(), owner, n_captions, dim=0)  # (C, B, R)
-    scale = SHARPNESS * inverse_length(safe_sqrt(squared))
-    weights = (affinity * scale.index_select(0, owner)).softmax(dim=-1)
-    return weights.transpose(0, 1).contiguous()  # (B, W, R)
-
-
-def product(x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x @ y, multiplied in `dtype` if there is one; the result is of x's."""
-    return (x.to(dtype or x.dtype) @ y.to(dtype or y.dtype)).to(x.dtype)
+    squared = segment_sum(affinity.square(), caption_index, n_captions, dim=0)  # (C, B R)
+    scale = LAMBDA_SOFTMAX * inverse_length(safe_sqrt(squared))
+    affinity = affinity * scale.index_select(0, caption_index)
+    weights = affinity.view(-1, n_images, n_regions).softmax(dim=-1)
+    return unit_weights(weights.transpose(0, 1).contiguous(), region_emb)  # (B, W, R)
 
 
 def unit_weights(weights: Tensor, region_emb: Tensor) -> Tensor:
@@ -250,7 +218,145 @@ def unit_weights(weights: Tensor, region_emb: Tensor) -> Tensor:
     return weights * inverse_length(safe_sqrt(squared.clamp_min(0)))
 
 
-def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root of x ≥ 0 whose gradient at 0 is 0 instead of infinite."""
-    zero = x == 0
-    return x.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+# -- the costly line, with a backward pass by hand ------------------------------------------------
+#
+# For an image and a word the difference m_l − q_l is D wide (1024), while what goes in and what
+# comes out is narrow (R = 36 weights, S = 256). Autograd would keep three D-wide tensors for every
+# image × word of a batch. Here none is kept: the backward pass computes the difference again, one
+# chunk of images at a time. That is faster too, because a chunk stays in the cache. The plain
+# versions are the reference in tests/test_attention.py.
+
+# About how many numbers a chunk may have: what the cache holds on a CPU, room for large matrix
+# products on a GPU.
+CHUNK_NUMEL = {"cpu": 2**19, "cuda": 2**27}
+
+
+def chunk_size(numel: int, device: torch.device) -> int:
+    """How many images make a chunk, of `numel` numbers each."""
+    return max(1, CHUNK_NUMEL[device.type] // max(1, numel))
+
+
+def chunks(
+    n_images: int, n_words: int, width: int, device: torch.device
+) -> Iterator[tuple[slice, slice]]:
+    """Images × words in chunks of about CHUNK_NUMEL numbers, `width` for an image and word.
+
+    A chunk has some images with all words, or one image with some words.
+    """
+    images = chunk_size(n_words * width, device)
+    words = n_words if images > 1 else min(n_words, chunk_size(width, device))
+    for i in range(0, n_images, images):
+        for j in range(0, n_words, words):
+            yield slice(i, i + images), slice(j, j + words)
+
+
+def in_chunks(
+    function: Callable[..., Tensor], numel: int, of_images: tuple[Tensor, ...], *others: object
+) -> Tensor:
+    """`function` of some images at a time, computed again in the backward pass.
+
+    of_images: its first arguments, (B, …); numel: about how many numbers it holds for an image.
+    """
+    size = chunk_size(numel, of_images[0].device)
+    parts = zip(*(x.split(size) for x in of_images), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*part, *others) for part in parts])
+    # Dropout, if there is any, has to draw the same numbers again.
+    random = isinstance(function, nn.Module) and function.training
+    return torch.cat([
+        checkpoint(function, *part, *others, use_reentrant=False, preserve_rng_state=random)
+        for part in parts
+    ])  # fmt: skip
+
+
+class Alignment(torch.autograd.Function):
+    """x = P (m − q)² + p with m = weights · regions; its length, and its product with a.
+
+    weights (B, W, R), regions (B, R, D), words (W, D), P (S, D), p (S,), a (S,)
+    -> x (B, W, S), ‖x‖ (B, W), a · x (B, W).
+    dtype: of the matrix products and the difference, None for the inputs'. Sums and results have
+    the inputs' dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, weights, regions, words, P, p, a, dtype=None):
+        (n_images, n_words, _), (S, D) = weights.shape, P.shape
+        x = weights.new_empty(n_images, n_words, S)
+        length, product = (weights.new_empty(n_images, n_words) for _ in range(2))
+        weights, regions, words, P, p = (
+            y.to(dtype or y.dtype) for y in (weights, regions, words, P, p)
+        )
+        for i, j in chunks(n_images, n_words, D, weights.device):
+            squared = _difference(weights[i, j], regions[i], words[j]).square_()  # (b, w, D)
+            rows = x[i, j].view(-1, S)  # (b w, S), a view: a chunk of x is contiguous
+            if dtype in (None, x.dtype):
+                torch.addmm(p, squared.flatten(0, 1), P.T, out=rows)
+            else:
+                rows.copy_(F.linear(squared.flatten(0, 1), P, p))
+            length[i, j] = torch.linalg.vector_norm(x[i, j], dim=-1)
+            product[i, j] = x[i, j] @ a
+        ctx.save_for_backward(weights, regions, words, P, a, x, length)
+        return x, length, product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_x, grad_length, grad_product):
+        weights, regions, words, P, a, x, length = ctx.saved_tensors
+        (n_images, n_words, _), D = weights.shape, P.shape[1]
+        grad_weights = torch.empty_like(weights, dtype=a.dtype)
+        grad_regions, grad_words, grad_P = (
+            torch.zeros_like(y, dtype=a.dtype) for y in (regions, words, P)
+        )
+        grad_p, grad_a, twice_P = torch.zeros_like(a), torch.zeros_like(a), 2 * P
+        along_x = grad_length * inverse_length(length, 0)  # d‖x‖ / dx = x / ‖x‖
+        for i, j in chunks(n_images, n_words, D, weights.device):
+            grad_a.addmv_(x[i, j].flatten(0, 1).T, grad_product[i, j].flatten())
+            grad = torch.addcmul(grad_x[i, j], x[i, j], along_x[i, j].unsqueeze(-1))
+            grad = grad.addcmul_(grad_product[i, j].unsqueeze(-1), a).flatten(0, 1)  # (b w, S)
+            grad_p += grad.sum(0)
+            grad = grad.to(P.dtype)
+            difference = _difference(weights[i, j], regions[i], words[j])  # (b, w, D)
+            grad_P += grad.T @ difference.square().flatten(0, 1)
+            grad_difference = difference.mul_((grad @ twice_P).view_as(difference))
+            grad_weights[i, j] = grad_difference @ regions[i].transpose(1, 2)
+            grad_regions[i] += weights[i, j].transpose(1, 2) @ grad_difference
+            for of_image in grad_difference:
+                grad_words[j] -= of_image
+        return grad_weights, grad_regions, grad_words, grad_P, grad_p, grad_a, None
+
+
+def _difference(weights: Tensor, regions: Tensor, words: Tensor) -> Tensor:
+    """weights · regions − words: (b, w, R), (b, R, D), (w, D) -> (b, w, D)."""
+    return torch.baddbmm(words.expand(len(weights), -1, -1), weights, regions, beta=-1)
+
+
+class GatedSum(torch.autograd.Function):
+    """Σ over the words of each caption of gate · x.
+
+    gates (B, W), x (B, W, S), lengths (C,) -> (B, C, S).
+    """
+
+    @staticmethod
+    def forward(ctx, gates, x, lengths):
+        ctx.save_for_backward(gates, x, lengths)
+        (n_images, n_words, S), n_captions = x.shape, len(lengths)
+        # A weighted sum over consecutive rows is what embedding_bag computes, without a copy of x.
+        rows = torch.arange(n_images * n_words, device=x.device)
+        start = torch.arange(n_images, device=x.device).unsqueeze(1) * n_words
+        offsets = (start + lengths.cumsum(0) - lengths).flatten()  # (B C,) first word of each
+        sums = F.embedding_bag(
+            rows, x.flatten(0, 1), offsets, mode="sum", per_sample_weights=gates.flatten()
+        )
+        return sums.view(n_images, n_captions, S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gates, x, lengths = ctx.saved_tensors
+        caption_index = caption_index_of(lengths)
+        grad_gates, grad_x = torch.empty_like(gates), torch.empty_like(x)
+        for i, j in chunks(*x.shape, x.device):
+            of_words = grad[i].index_select(1, caption_index[j])  # (b, w, S)
+            grad_gates[i, j] = torch.linalg.vecdot(of_words, x[i, j])
+            torch.mul(of_words, gates[i, j].unsqueeze(-1), out=grad_x[i, j])
+        return grad_gates, grad_x, None

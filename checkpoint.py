@@ -1,21 +1,18 @@
-"""Checkpoints: ours, and those of the released code, read without trusting them.
+"""Checkpoints: ours, and those of the official code, read without trusting them.
 
 A checkpoint of ours is a plain dict of tensors, numbers and strings:
     epoch, Eiters (optimizer steps), best_rsum, opt (train.py's options, with vocab_size, img_dim
     and num_regions filled in), vocab (fingerprint), model (state dict)
-and, to go on from there (train.py --resume): optimizer, average (the averaged weights, with --ema),
-random, batch (how many of the epoch are done), validated (the step of the last validation),
-loss_sum and logged (of the log line that is being averaged).
+and, to continue from there (train.py --resume): run (train.py's RunState), optimizer, ema_model
+(the averaged weights, with --ema) and random (the random states of all processes).
 
-The released code (Python 2) stores `model` as three state dicts [image, text, similarity] and
-`opt` as an argparse.Namespace; RELEASED_NAMES turns them into ours.
+The official code (Python 2) stores `model` as three state dicts [image, text, similarity] and
+`opt` as an argparse.Namespace; OFFICIAL_NAMES turns them into ours.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import random
 import re
 import sys
@@ -26,21 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import InputError
+from baselines import SIMILARITIES, build_model
 from model import LHSC
+from utils import InputError, atomic_write
 
-# The options that shape the model: LHSC's keyword arguments, under the names train.py gives them.
-MODEL_OPTIONS = (
-    "vocab_size", "img_dim", "num_regions", "embed_size", "word_dim", "sim_dim", "num_layers",
-    "bi_gru", "graph_layers", "text_layers", "drop_out", "embed_dropout", "pool_dropout",
-    "no_imgnorm", "no_txtnorm", "padding", "similarity", "global_image", "alignment",
-)  # fmt: skip
-# Those that older checkpoints, and released ones, do not have.
-SINCE_THEN = {"similarity": "lhsc", "global_image": "regions", "alignment": "both"}
+# The options that shape the model: build_model's arguments, under the names train.py gives them.
+MODEL_OPTIONS = {
+    "vocab_size": int, "img_dim": int, "num_regions": int, "embed_size": int, "word_dim": int,
+    "sim_dim": int, "num_layers": int, "bi_gru": bool, "graph_layers": int, "text_layers": int,
+    "drop_out": float, "embed_dropout": float, "pool_dropout": float, "no_imgnorm": bool,
+    "no_txtnorm": bool, "padding": str, "similarity": str,
+}  # fmt: skip
 
-# Released name -> ours. {n} is a layer number, counted from 1 there and from 0 here. The four
+DATA_OPTIONS = {"data_path": str, "data_name": str, "vocab_path": str, "val_captions": int}
+
+# Official name -> ours. {n} is a layer number, counted from 1 there and from 0 here. The four
 # heads of θ and φ are joined into one linear layer; 1×1 convolutions lose their last axis.
-RELEASED_NAMES = {
+OFFICIAL_NAMES = {
     "img_enc": {
         "fc": "image_encoder.fc",
         "IM_GCN_{n}.theta": "image_encoder.graph.layers.{n}.theta",
@@ -54,21 +53,21 @@ RELEASED_NAMES = {
     "txt_enc": {
         "embed": "text_encoder.embed",
         "W_att{n}.embedding_local.0": "text_encoder.self_attention.{n}.local",
-        "W_att{n}.embedding_global.0": "text_encoder.self_attention.{n}.globl",
+        "W_att{n}.embedding_global.0": "text_encoder.self_attention.{n}.global_",
         "W_att{n}.embedding_v.0": "text_encoder.self_attention.{n}.value",
         "cap_rnn": "text_encoder.gru",
     },
     "sim_enc": {
         "v_global_w.embedding_local.0": "similarity.region_pooling.local",
         "v_global_w.embedding_local.1": "similarity.region_pooling.local_bn",
-        "v_global_w.embedding_global.0": "similarity.region_pooling.globl",
-        "v_global_w.embedding_global.1": "similarity.region_pooling.globl_bn",
+        "v_global_w.embedding_global.0": "similarity.region_pooling.global_",
+        "v_global_w.embedding_global.1": "similarity.region_pooling.global_bn",
         "v_global_w.embedding_common.0": "similarity.region_pooling.common",
         "t_global_w.embedding_local.0": "similarity.word_pooling.local",
-        "t_global_w.embedding_global.0": "similarity.word_pooling.globl",
+        "t_global_w.embedding_global.0": "similarity.word_pooling.global_",
         "t_global_w.embedding_common.0": "similarity.word_pooling.common",
         "sim_tranloc_w": "similarity.local_fc",
-        "sim_tranglo_w": "similarity.globl_fc",
+        "sim_tranglo_w": "similarity.global_fc",
         "sim_eval_w": "similarity.score_fc",
         "cal_sim_base_atten.attn_sim_w": "similarity.gate_fc",
         "cal_sim_base_atten.bn": "similarity.gate_bn",
@@ -76,27 +75,114 @@ RELEASED_NAMES = {
 }
 _HEADS = ("", "1", "2", "3")
 
+# -- reading --------------------------------------------------------------------------------------
 
-def rename_released(image: dict, text: dict, similarity: dict) -> dict[str, Tensor]:
-    """The three released state dicts -> one state dict of LHSC.
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint, ours or an official one, onto the CPU; never runs code from the file.
+
+    Every byte of our files is compared with the checksums inside.
 
     Raises:
-        InputError: if a released name is not in the table or a head of θ or φ is missing.
+        InputError: if there is no such file, it is damaged, or no LHSC checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no checkpoint here; train one with train.py or name one with --model_path"
+        )
+    try:
+        if zipfile.is_zipfile(path):  # what Python 2 wrote is no archive and has no checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise InputError(f"its part {damaged} does not fit its checksum")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # whatever the readers say of bytes that are no checkpoint
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        size = path.stat().st_size
+        raise InputError(f"{path}: damaged, or no checkpoint ({size} bytes): {reason}") from error
+    if not isinstance(raw, dict) or not {"model", "opt"} <= raw.keys():
+        found = sorted(map(str, raw))[:6] if isinstance(raw, dict) else type(raw).__name__
+        raise InputError(f"{path}: not an LHSC checkpoint: expected 'model' and 'opt', got {found}")
+    opt = vars(raw["opt"]) if isinstance(raw["opt"], argparse.Namespace) else raw["opt"]
+    if not isinstance(opt, dict):
+        raise InputError(f"{path}: 'opt' should hold options, it is a {type(opt).__name__}")
+    try:
+        if isinstance(raw["model"], list | tuple):
+            return raw | _translate_official(raw["model"], opt)
+        return raw | _translate_earlier(raw["model"], opt)
+    except (InputError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not an LHSC checkpoint: {error}") from error
+
+
+def _translate_earlier(state: dict[str, Tensor], opt: dict) -> dict:
+    """Our checkpoints of before the options were joined and `globl` was spelt out."""
+    new_names = {"globl_": "global_", "globl": "global_", "attended_pooling": "region_pooling"}
+    for old, new in new_names.items():
+        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    if "similarity" not in opt or "alignment" in opt:
+        part = opt.get("alignment", "both")
+        attended = opt.get("global_image") == "attended"
+        name = opt.get("similarity", "lhsc") if part == "both" else part
+        opt = opt | {"similarity": "attended" if attended else name}
+    if opt.get("padding") == "released":
+        opt = opt | {"padding": "official"}
+    return {"model": state, "opt": opt, "official": False}
+
+
+def _translate_official(states: list[dict], opt: dict) -> dict:
+    """An official checkpoint -> what a checkpoint of ours holds."""
+    if len(states) != 3:
+        raise InputError("'model' should be three state dicts [image, text, similarity]")
+    state = rename_official(*states)
+
+    def text(value: object) -> object:  # Python 2's strings are bytes
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+    def shape(name: str) -> torch.Size:
+        if name not in state:
+            raise InputError(f"an official checkpoint without {name}")
+        return state[name].shape
+
+    def count(layers: str) -> int:
+        return len({name.removeprefix(layers).split(".")[0] for name in state if layers in name})
+
+    opt = {text(name): text(value) for name, value in opt.items()} | {
+        # sizes are read from the weights, which cannot lie
+        "vocab_size": shape("text_encoder.embed.weight")[0],
+        "img_dim": shape("image_encoder.fc.weight")[1],
+        "num_regions": shape("similarity.region_pooling.local_bn.weight")[0],
+        "graph_layers": count("image_encoder.graph.layers."),
+        "text_layers": count("text_encoder.self_attention."),
+        "embed_dropout": 0.4,
+        "pool_dropout": 0.4,
+        "padding": "official",
+        "similarity": "lhsc",
+    }
+    return {"model": state, "opt": opt, "official": True}
+
+
+def rename_official(image: dict, text: dict, similarity: dict) -> dict[str, Tensor]:
+    """The three official state dicts -> one state dict of LHSC.
+
+    Raises:
+        InputError: if an official name is not in the table or a head of θ or φ is missing.
     """
     state: dict[str, Tensor] = {}
     states = {"img_enc": dict(image), "txt_enc": dict(text), "sim_enc": dict(similarity)}
-    for part, released in states.items():
-        for name in [n for n in released if re.search(r"\.(theta|phi)\.", n)]:
-            head = re.compile(r"\.(theta|phi)\.")
+    for part, official in states.items():
+        head = re.compile(r"\.(theta|phi)\.")
+        for name in [n for n in official if head.search(n)]:
             heads = [head.sub(rf".\g<1>{k}.", name) for k in _HEADS]
-            missing = [h for h in heads if h not in released]
-            if missing:
-                raise InputError(f"as a released checkpoint {part} lacks {missing[0]}")
-            released[name] = torch.cat([released.pop(h) for h in heads])
-        for name, tensor in released.items():
-            ours = _our_name(part, name)
+            if missing := [h for h in heads if h not in official]:
+                raise InputError(f"as an official checkpoint {part} lacks {missing[0]}")
+            official[name] = torch.cat([official.pop(h) for h in heads])
+        for name, tensor in official.items():
             is_conv = tensor.dim() == 3 and tensor.shape[-1] == 1
-            state[ours] = tensor.squeeze(-1) if is_conv else tensor
+            state[_our_name(part, name)] = tensor.squeeze(-1) if is_conv else tensor
     return state
 
 
@@ -105,80 +191,21 @@ def _our_name(part: str, name: str) -> str:
     number = re.search(r"(?<=IM_GCN_)\d+|(?<=W_att)\d+", module)
     if number:
         module = module[: number.start()] + "{n}" + module[number.end() :]
-    if module not in RELEASED_NAMES[part]:
-        raise InputError(f"as a released checkpoint {part} has {name}, unknown to LHSC")
-    ours = RELEASED_NAMES[part][module]
+    if module not in OFFICIAL_NAMES[part]:
+        raise InputError(f"as an official checkpoint {part} has {name}, unknown to LHSC")
+    ours = OFFICIAL_NAMES[part][module]
     return f"{ours.format(n=int(number[0]) - 1 if number else None)}.{parameter}"
 
 
-def _translate_released(raw: dict, path: Path) -> dict:
-    """A released checkpoint -> the dict a checkpoint of ours holds."""
-    if len(raw["model"]) != 3 or not all(isinstance(s, dict) for s in raw["model"]):
-        raise InputError(f"{path}: 'model' should be three state dicts [image, text, similarity]")
-    try:
-        state = rename_released(*raw["model"])
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    opt = vars(raw["opt"]) if isinstance(raw["opt"], argparse.Namespace) else dict(raw["opt"])
-    opt = {_text(k): _text(v) for k, v in opt.items()}
-
-    def count(pattern: str) -> int:
-        return len({m[0] for m in (re.match(pattern, name) for name in state) if m})
-
-    def shape(name: str) -> torch.Size:
-        if name not in state:
-            raise InputError(f"{path}: a released checkpoint without {name} cannot be LHSC's")
-        return state[name].shape
-
-    opt |= {  # sizes are read from the weights, which cannot lie
-        "vocab_size": shape("text_encoder.embed.weight")[0],
-        "img_dim": shape("image_encoder.fc.weight")[1],
-        "num_regions": shape("similarity.region_pooling.local_bn.weight")[0],
-        "graph_layers": count(r"image_encoder\.graph\.layers\.\d+"),
-        "text_layers": count(r"text_encoder\.self_attention\.\d+"),
-        "embed_dropout": 0.4,
-        "pool_dropout": 0.4,
-        "padding": "released",
-    }
-    return raw | {"model": state, "opt": SINCE_THEN | opt, "released": True}
-
-
-def _text(value: object) -> object:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint, ours or a released one, onto the CPU; never runs code from the file.
-
-    Returns our dict; `released` tells which it was.
-
-    Raises:
-        InputError: if there is no such file, or it is no LHSC checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no checkpoint here; train one with train.py or name one with --model_path"
-        )
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # whatever torch's reader says of bytes that are no checkpoint
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: not a readable checkpoint ({os.path.getsize(path)} bytes): {reason[:200]}"
-        ) from error
-    if not isinstance(raw, dict) or not {"model", "opt"} <= raw.keys():
-        found = sorted(map(str, raw))[:6] if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(f"{path}: not an LHSC checkpoint: expected 'model' and 'opt', got {found}")
-    if not isinstance(raw["opt"], dict | argparse.Namespace):
-        raise InputError(f"{path}: 'opt' should hold options, it is a {type(raw['opt']).__name__}")
-    if isinstance(raw["model"], list | tuple):
-        return _translate_released(raw, path)
-    opt = raw["opt"] if isinstance(raw["opt"], dict) else vars(raw["opt"])
-    return raw | {"opt": SINCE_THEN | opt, "released": False}
+def check_options(opt: dict, path: str | Path) -> None:
+    """Raise InputError unless a checkpoint's options have the types of train.py's."""
+    if missing := MODEL_OPTIONS.keys() - opt.keys():
+        raise InputError(f"{path}: its options lack {min(missing)}")
+    for name, kind in (MODEL_OPTIONS | DATA_OPTIONS).items():
+        if name in opt and not is_of_type(opt[name], kind):
+            raise InputError(f"{path}: its option {name} is {opt[name]!r}, no {kind.__name__}")
+    if opt["similarity"] not in SIMILARITIES or opt["padding"] not in ("masked", "official"):
+        raise InputError(f"{path}: unknown similarity {opt['similarity']} or {opt['padding']}")
 
 
 def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
@@ -187,19 +214,40 @@ def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
     Raises:
         InputError: if its options and its weights do not fit each other.
     """
-    opt = checkpoint["opt"]
-    missing = [name for name in MODEL_OPTIONS if name not in opt]
-    if missing:
-        raise InputError(f"{path}: its options lack {', '.join(missing)}")
+    opt, weights = checkpoint["opt"], checkpoint["model"]
+    check_options(opt, path)
+    if max(opt[f"{part}_layers"] for part in ("graph", "text", "num")) > len(weights):
+        raise InputError(f"{path}: its options name more layers than it has weights")
     try:
-        model = LHSC(**{name: opt[name] for name in MODEL_OPTIONS})
-        model.load_state_dict(checkpoint["model"])
+        with torch.device("meta"):  # no memory is taken before all shapes have been compared
+            expected = build_model(**{name: opt[name] for name in MODEL_OPTIONS}).state_dict()
+        _compare(weights, expected)
+        model = build_model(**{name: opt[name] for name in MODEL_OPTIONS})
+        model.load_state_dict(weights)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(
-            f"{path}: weights do not fit its options: {lines[min(1, len(lines) - 1)][:200]}"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: weights do not fit its options: {reason}") from error
     return model.eval()
+
+
+def is_of_type(value: object, kind: type) -> bool:
+    """Whether an option has its type; an integer is a float too, but a bool is no integer."""
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _compare(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError unless names, shapes and kinds of numbers are as expected."""
+    if differing := weights.keys() ^ expected.keys():
+        raise ValueError(f"{min(differing)} is in only one of them")
+    for name, tensor in weights.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(wanted.shape)}")
+        if tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex():
+            raise ValueError(f"{name} holds {tensor.dtype}")
+
+
+# -- writing, and the checkpoints of a run --------------------------------------------------------
 
 
 def save_checkpoint(state: dict, path: str | Path) -> None:
@@ -208,26 +256,13 @@ def save_checkpoint(state: dict, path: str | Path) -> None:
     Raises:
         OSError: if the disk is full or the folder read-only; what was there is left as it was.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # RuntimeError: torch's writer on a full disk
-            raise OSError(
-                f"{path}: could not be written ({str(error).splitlines()[0]}); earlier checkpoints "
-                "are as they were"
-            ) from error
-        raise
-
-
-# -- the checkpoints of a run ---------------------------------------------------------------------
+        atomic_write(path, lambda file: torch.save(state, file))
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer on a full disk
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"{path}: could not be written ({reason}); earlier checkpoints are as they were"
+        ) from error
 
 
 def step_file(folder: Path, step: int) -> Path:
@@ -248,24 +283,7 @@ def keep_newest(folder: Path, n: int) -> None:
         file.unlink()
 
 
-def load_whole(path: Path) -> dict:
-    """As load_checkpoint, after every byte has been compared with the file's checksums.
-
-    Raises:
-        InputError: if the file is no LHSC checkpoint, or is damaged.
-    """
-    if path.is_file():
-        try:
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-            raise InputError(f"{path}: damaged or not a checkpoint ({error})") from error
-        if damaged:
-            raise InputError(f"{path}: damaged, its part {damaged} does not fit its checksum")
-    return load_checkpoint(path)
-
-
-def load_newest(folder: Path) -> tuple[Path, dict]:
+def load_latest(folder: Path) -> tuple[Path, dict]:
     """The newest state of a run that is whole; damaged ones are set aside, with a line each.
 
     Raises:
@@ -274,7 +292,7 @@ def load_newest(folder: Path) -> tuple[Path, dict]:
     damaged = []
     for file in step_files(folder):
         try:
-            saved = load_whole(file)
+            saved = load_checkpoint(file)
         except InputError as error:
             damaged.append(file)
             print(f"warning: {error}; going back to the one before", file=sys.stderr)

@@ -6,7 +6,7 @@
     DATA_PATH/DATA_NAME/{split}_ids.txt    one image id a line (optional)
     DATA_PATH/DATA_NAME/{split}_boxes.npy  where the regions lie (optional, for pictures only)
 
-Region arrays are memory-mapped and read row by row; captions are tokenised once.
+Regions are read row by row from a memory map; captions are tokenised once.
 
 Shape letters: B images (one an example of a batch), C captions (C = B in a batch), R regions,
 L longest caption.
@@ -14,7 +14,6 @@ L longest caption.
 
 from __future__ import annotations
 
-import mmap
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import distributed
-from errors import InputError
+from utils import InputError
 from vocab import Vocabulary, read_captions
 
 REPEATED = 5  # how often older files repeat each image
-DROP_PAGES_AFTER = 64 * 2**20  # bytes read from a region file before its pages are handed back
 
 
 class Batch(NamedTuple):
@@ -43,7 +41,7 @@ class Batch(NamedTuple):
     caption_index: Tensor  # (C,) which caption of the split
 
     def to(self, device: torch.device) -> Batch:
-        """Moved to the device, but for `lengths`' users on the CPU nothing else changes."""
+        """The same batch on a device."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
@@ -66,10 +64,10 @@ def open_array(path: Path) -> np.memmap:
 
 
 class RegionFile:
-    """A memory-mapped `{split}_ims.npy`, one row an image.
+    """A `{split}_ims.npy`, one row an image.
 
-    Resident memory does not grow with the file: after every 64 MiB read its pages are handed
-    back to the page cache. Copies into worker processes reopen the file.
+    The file is mapped anew for every read, so memory does not grow with what was read, and a copy
+    in a worker process needs no open file.
 
     Raises:
         InputError: if it is no float array of rank 3, or its width or number of regions is not
@@ -80,43 +78,29 @@ class RegionFile:
         self, path: Path, img_dim: int | None = None, num_regions: int | None = None
     ) -> None:
         self.path = path
-        self._open()
-        if self._rows.ndim != 3 or min(self._rows.shape) < 1:
+        rows = open_array(path)
+        if rows.ndim != 3 or min(rows.shape) < 1:
             raise InputError(
-                f"{path}: expected regions as (images, regions, img_dim), found {self._rows.shape}"
+                f"{path}: expected regions as (images, regions, img_dim), found {rows.shape}"
             )
-        if self._rows.dtype not in (np.float32, np.float16):
-            raise InputError(f"{path}: expected float32 or float16, found {self._rows.dtype}")
-        self.num_rows, self.num_regions, self.img_dim = self._rows.shape
+        if rows.dtype not in (np.float32, np.float16):
+            raise InputError(f"{path}: expected float32 or float16, found {rows.dtype}")
+        self.num_rows, self.num_regions, self.img_dim = rows.shape
+        order = "C" if rows.flags.c_contiguous else "F"
+        self._layout = (rows.dtype, "r", rows.offset, rows.shape, order)
         for name, asked in (("num_regions", num_regions), ("img_dim", img_dim)):
             if asked is not None and asked != getattr(self, name):
                 raise InputError(
-                    f"{path}: {name} is {getattr(self, name)} in the file {self._rows.shape}, "
+                    f"{path}: {name} is {getattr(self, name)} in the file {rows.shape}, "
                     f"but {asked} was asked for (--{name}, or the checkpoint)"
                 )
 
-    def _open(self) -> None:
-        self._bytes_read = 0
-        self._rows = open_array(self.path)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_rows"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._open()
-
     def __getitem__(self, rows: int | slice) -> np.ndarray:
         """Rows as float32 (…, R, img_dim), checked to be finite."""
-        regions = np.array(self._rows[rows], dtype=np.float32)
+        regions = np.array(np.memmap(self.path, *self._layout)[rows], dtype=np.float32)
         if not np.isfinite(regions).all():
             first = rows.start if isinstance(rows, slice) else rows
             raise InputError(f"{self.path}: NaN or infinite features in row {first} or soon after")
-        self._bytes_read += self._rows.itemsize * regions.size
-        if self._bytes_read > DROP_PAGES_AFTER and isinstance(self._rows.base, mmap.mmap):
-            self._bytes_read = 0
-            if hasattr(mmap, "MADV_DONTNEED"):
-                self._rows.base.madvise(mmap.MADV_DONTNEED)
         return regions
 
     def repeats(self) -> bool:
@@ -124,20 +108,30 @@ class RegionFile:
         if self.num_rows % REPEATED:
             return False
         groups = self.num_rows // REPEATED
-        places = {0, groups // 2, groups - 1}
         return all(
-            np.array_equal(self._rows[REPEATED * g], self._rows[REPEATED * g + k])
-            for g in places
+            np.array_equal(self[REPEATED * g], self[REPEATED * g + k])
+            for g in {0, groups // 2, groups - 1}
             for k in range(1, REPEATED)
         )
 
 
 class Captions:
-    """Captions as word ids, in one array: worker processes share it instead of copying lists."""
+    """Captions as word ids, in one array: worker processes share it instead of copying lists.
 
-    def __init__(self, texts: list[str], vocab: Vocabulary) -> None:
+    Raises:
+        InputError: for a caption that is too long, with its line in `source`.
+    """
+
+    def __init__(
+        self, texts: list[str], vocab: Vocabulary, source: str | Path = "captions"
+    ) -> None:
         self.texts = texts
-        encoded = [vocab.encode(text) for text in texts]
+        encoded = []
+        for line, text in enumerate(texts, start=1):
+            try:
+                encoded.append(vocab.encode(text))
+            except InputError as error:
+                raise InputError(f"{source}, line {line}: {error}") from None
         self.lengths = torch.tensor([len(words) for words in encoded])
         self._words = torch.tensor([word for words in encoded for word in words])
         self._ends = self.lengths.cumsum(0)
@@ -163,7 +157,7 @@ class PrecompDataset(Captions, Dataset):
     that an evaluation encodes each image once.
 
     Args:
-        max_captions: keep only the first so many captions (the released code cuts dev at 5,000).
+        max_captions: keep only the first so many captions (the official code cuts dev at 5,000).
         img_dim, num_regions: refuse a file of other sizes; None takes what the file holds.
 
     Raises:
@@ -190,7 +184,7 @@ class PrecompDataset(Captions, Dataset):
         if max_captions:
             texts = texts[:max_captions]
             self.n_images = min(self.n_images, -(-len(texts) // self.captions_per_image))
-        super().__init__(texts, vocab)
+        super().__init__(texts, vocab, caps)
         self.image_ids = read_ids(ids, self.regions.num_rows // self.row_step)[: self.n_images]
 
     def _row_step(self, n_captions: int, caps: Path) -> int:
@@ -230,18 +224,24 @@ def find_files(data_path: str | Path, data_name: str, split: str) -> tuple[Path,
     """The paths of a split's regions, captions and (optional) ids.
 
     Raises:
-        InputError: naming the folder, what it lacks, and both ways on: the data and the demo.
+        InputError: naming the folder, what it lacks, and how to get it.
     """
     folder = Path(data_path) / data_name
     ims, caps, ids = (folder / f"{split}_{kind}" for kind in ("ims.npy", "caps.txt", "ids.txt"))
-    missing = [file.name for file in (ims, caps) if not file.is_file()]
-    if missing:
-        splits = sorted(file.name.removesuffix("_ims.npy") for file in folder.glob("*_ims.npy"))
-        there = f"splits there: {', '.join(splits)}" if splits else "no splits there"
+    if caps.is_file() and not ims.is_file():
         raise InputError(
-            f"{folder}: {' and '.join(missing)} not found ({there}). Download SCAN's features "
-            f"(README, 'Data') and name their folder with --data_path, or make the small embedded "
-            f"data set: python scripts/make_scenes.py, then --data_name scenes_precomp"
+            f"{ims}: not found, though {caps.name} is there. Make the regions with "
+            "scripts/convert_bottom_up.py (from bottom-up attention's TSV) or "
+            "scripts/extract_features.py (from pictures), or fetch them with "
+            "scripts/download_data.py"
+        )
+    if not ims.is_file() or not caps.is_file():
+        splits = sorted(file.name.removesuffix("_ims.npy") for file in folder.glob("*_ims.npy"))
+        raise InputError(
+            f"{folder}: {split}_ims.npy and {split}_caps.txt not found (splits there: "
+            f"{', '.join(splits) or 'none'}). Fetch SCAN's features (README, 'Data') and name "
+            "their folder with --data_path, or make the small embedded data set: "
+            "python scripts/make_scenes.py, then --data_name scenes_precomp"
         )
     return ims, caps, ids
 
@@ -302,11 +302,11 @@ def collate(examples: list[tuple[Tensor, Tensor, int, int]]) -> Batch:
 class ShuffledBatches:
     """A batch sampler whose order depends on (seed, epoch) alone: call `set_epoch` each epoch.
 
-    An epoch may start in its middle: its first `start` batches are then left out.
+    `set_epoch(epoch, start)` leaves out the first `start` batches of an epoch.
 
-    A last batch of one example is left out: it has no negative, and no batch statistics. Of several
-    processes each gets its share of a batch, longest captions first as `collate` has them; a last
-    batch that has not one example for each is left out.
+    A last batch of one example is left out: it has no negative, and no batch statistics. Each of
+    several processes gets its share of a batch, longest captions first as `collate` has them; a
+    last batch with fewer examples than processes is left out.
 
     lengths: words of each example's caption.
     """
@@ -320,14 +320,14 @@ class ShuffledBatches:
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.lengths), self.batch_size)
-        return whole + (rest >= max(2, distributed.size()))
+        return whole + (rest >= max(2, distributed.world_size()))
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
         for batch in order.split(self.batch_size)[self.start : len(self)]:
             batch = batch[self.lengths[batch].argsort(descending=True, stable=True)]
-            yield batch[distributed.share(len(batch))].tolist()
+            yield batch[distributed.rank_slice(len(batch))].tolist()
 
 
 def train_loader(
@@ -345,11 +345,11 @@ def train_loader(
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         generator=torch.Generator(),
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=_leave_signals_to_main,
     )
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process: the trainer ends the run, its loader workers wait for that."""
+def _leave_signals_to_main(worker: int) -> None:
+    """Ctrl-C reaches every process; the main process ends the run, and its workers with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -8,125 +8,88 @@
 
     torchrun --nproc_per_node 4 evaluation.py …                 # several GPUs: distributed.py
 
-Everything not named is taken from the checkpoint.
+Options that are not given are taken from the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
 import distributed
-from attention import owner_of
+from attention import caption_index_of
 from checkpoint import load_checkpoint, model_from
 from data import Captions, PrecompDataset
-from errors import InputError, one_line
+from distributed import is_main_process, rank_slice
 from metrics import bootstrap_intervals, image_hits, mean_metrics, retrieval_metrics
-from model import LHSC
-from scoring import scorer
-from similarity import EncodedCaptions, EncodedImages
+from model import LHSC, EncodedCaptions, EncodedImages
+from utils import (
+    InputError,
+    at_least,
+    atomic_write,
+    check_targets,
+    choose_matmul,
+    one_line,
+    progress,
+    select_device,
+)
 from vocab import Vocabulary, vocab_file
 
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
-ENCODE_BATCH = 100  # the released code's; with its padding a caption's embedding depends on it
+ENCODE_BATCH = 100  # the official code's; with its padding a caption's embedding depends on it
+SCORE_CHUNK = {"cpu": (16, 512), "cuda": (128, 1024)}  # images, words that are scored at once
 N_FOLDS = 5
 COLLAPSED = 1e-6  # scores this close together are one score
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the scoring's products
 
 
-def select_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1`.
-
-    Raises:
-        InputError: if there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: this PyTorch sees no CUDA; use --device cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def progress(items: Iterable, total: int, what: str) -> Iterator:
-    """A bar on a terminal; elsewhere a plain line at every quarter of work over 10 seconds."""
-    if not distributed.is_first():
-        yield from items
-        return
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(items, total=total, desc=what, leave=False)
-        return
-    start, told = time.monotonic(), 0
-    for done, item in enumerate(items, start=1):
-        yield item
-        quarter, elapsed = 4 * done // max(total, 1), time.monotonic() - start
-        if quarter > told and elapsed > 10:
-            told = quarter
-            print(f"{what}: {done}/{total}, {elapsed:.0f} s", file=sys.stderr, flush=True)
-
-
 @torch.inference_mode()
 def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) -> EncodedImages:
-    """Every image of the split, each once; of several processes each has its share of them."""
-    rows = distributed.share(dataset.n_images)
-    blocks = dataset.image_blocks(ENCODE_BATCH, rows)
-    total = -(-(rows.stop - rows.start) // ENCODE_BATCH)
-    encoder = model.image_encoder.folded()
+    """Every image of the split, each once; each of several processes encodes its share."""
+    rows = rank_slice(dataset.n_images)
+    n_blocks = -(-(rows.stop - rows.start) // ENCODE_BATCH)
     D = model.image_encoder.fc.out_features
     regions = [torch.empty(0, model.num_regions, D, device=device)]  # a share may be empty
     images = [torch.empty(0, D, device=device)]
-    for block in progress(blocks, total, "encoding images"):
-        regions.append(encoder(block.to(device)))
+    for block in progress(dataset.image_blocks(ENCODE_BATCH, rows), n_blocks, "encoding images"):
+        regions.append(model.image_encoder(block.to(device)))
         images.append(model.similarity.image_global(regions[-1]))
     return EncodedImages(torch.cat(regions), torch.cat(images))
 
 
 @torch.inference_mode()
 def encode_captions(model: LHSC, dataset: Captions, device: torch.device) -> EncodedCaptions:
-    """Every caption, 100 at a time: similar lengths together, which pads little.
+    """Every caption, 100 at a time, similar lengths together, which pads little.
 
-    With the released padding, where it matters which captions share a batch, in file order. Of
-    several processes each encodes its share of the batches, and all have all captions.
+    With the official padding, where it matters which captions share a batch, in file order. Each
+    of several processes encodes its share of the batches, and all have all captions.
     """
     lengths = dataset.lengths
-    in_file_order = model.text_encoder.padding == "released"
+    in_file_order = model.text_encoder.padding == "official"
     order = torch.arange(len(lengths)) if in_file_order else lengths.argsort(stable=True)
     start = (lengths.cumsum(0) - lengths).to(device)  # of each caption's words
     size = model.image_encoder.fc.out_features
     word_emb = torch.zeros(int(lengths.sum()), size, device=device)
     caption_global = torch.zeros(len(lengths), size, device=device)
-    n_blocks = -(-len(order) // ENCODE_BATCH)
-    mine = distributed.share(n_blocks)
-    order = order[mine.start * ENCODE_BATCH : mine.stop * ENCODE_BATCH]
+    local = rank_slice(-(-len(order) // ENCODE_BATCH))
+    order = order[local.start * ENCODE_BATCH : local.stop * ENCODE_BATCH]
     blocks = dataset.caption_blocks(order, ENCODE_BATCH) if len(order) else ()
-    for captions, n, block in progress(blocks, mine.stop - mine.start, "encoding captions"):
+    for captions, n, block in progress(blocks, local.stop - local.start, "encoding captions"):
         captions, n, block = captions.to(device), n.to(device), block.to(device)
-        words = model.text_encoder(captions, n)
-        within = torch.arange(len(words), device=device) - (n.cumsum(0) - n)[owner_of(n)]
-        word_emb[start[block][owner_of(n)] + within] = words
+        words, index = model.text_encoder(captions, n), caption_index_of(n)
+        within = torch.arange(len(words), device=device) - (n.cumsum(0) - n)[index]
+        word_emb[start[block][index] + within] = words
         caption_global[block] = model.similarity.caption_global(words, n)
-    word_emb, caption_global = distributed.total(word_emb), distributed.total(caption_global)
+    word_emb, caption_global = map(distributed.all_reduce_sum, (word_emb, caption_global))
     return EncodedCaptions(word_emb, caption_global, lengths.to(device))
 
 
+@torch.inference_mode()
 def score(
     model: LHSC,
     images: EncodedImages,
@@ -135,16 +98,30 @@ def score(
 ) -> np.ndarray:
     """Scores of all images × all captions: float32 (n_images, n_captions) on the CPU.
 
-    Time grows with images × words; memory beyond the result is one block's.
+    dtype: of the large matrix products. Time grows with images × words; memory beyond the result
+    is that of one chunk.
     """
-    scores = scorer(model.similarity, images.image_global.device, dtype)
+    n_images, n_words = SCORE_CHUNK[images.image_global.device.type]
     sims = np.empty((len(images.image_global), len(captions.lengths)), dtype=np.float32)
-    if not sims.size:
-        return sims
-    n_tiles = len(scores.chunks(captions))
-    for chunk, tile in progress(scores.tiles(images, captions), n_tiles, "scoring"):
-        sims[:, chunk] = tile.cpu().numpy()
+    chunks = caption_chunks(captions.lengths, n_words)
+    for columns in progress(chunks, len(chunks), "scoring"):
+        part = captions.rows(columns)
+        for start in range(0, len(sims), n_images):
+            rows = slice(start, start + n_images)
+            tile = model.similarity.score(images.rows(rows), part, dtype)
+            sims[rows, columns] = tile.float().cpu().numpy()
     return sims
+
+
+def caption_chunks(lengths: torch.Tensor, n_words: int) -> list[slice]:
+    """Consecutive captions of at most `n_words` words together (a longer one stands alone)."""
+    chunks, start, words = [], 0, 0
+    for caption, length in enumerate(lengths.tolist()):
+        if words and words + length > n_words:
+            chunks.append(slice(start, caption))
+            start, words = caption, 0
+        words += length
+    return [*chunks, slice(start, len(lengths))] if words else chunks
 
 
 def fold_slices(dataset: PrecompDataset) -> list[tuple[slice, slice]]:
@@ -163,80 +140,76 @@ def fold_slices(dataset: PrecompDataset) -> list[tuple[slice, slice]]:
     ]
 
 
+def local_slice(rows: slice, dataset: PrecompDataset) -> slice:
+    """Those of some images that this process has encoded, counted from its first."""
+    own = rank_slice(dataset.n_images)
+    start = min(max(rows.start, own.start), own.stop)
+    return slice(start - own.start, max(start, min(rows.stop, own.stop)) - own.start)
+
+
 def evaluate(
     models: list[LHSC],
     dataset: PrecompDataset,
     device: torch.device,
     fold5: bool = False,
-    whole: bool = True,
+    want_sims: bool = True,
     precision: str = "fp32",
     bootstrap: int = 0,
 ) -> tuple[dict, np.ndarray | None]:
     """Metrics of one model, or of several by the mean of their scores, and the score matrix.
 
-    With `fold5` only the folds' own blocks are scored, a fifth of the work, unless `whole`; then
-    no matrix is returned. Of several processes each scores its share of the images; the first ranks
-    them and has the matrix, all return the metrics.
+    With `fold5` and not `want_sims` only the blocks of the folds are scored, a fifth of the work,
+    and no matrix is returned. Each of several processes scores its share of the images; all return
+    the same.
 
     Raises:
-        InputError: if a score is not finite, or a model cannot be scored in this precision.
+        InputError: if a score is not finite.
     """
     folds = fold_slices(dataset) if fold5 else []
-    everything = (slice(0, dataset.n_images), slice(0, len(dataset)))
-    wanted = folds if fold5 and not whole else [everything]
-    totals: list[np.ndarray] = []
-    for model in models:  # what cannot be scored so is refused before anything is encoded
-        scorer(model.similarity, device, PRECISIONS[precision])
+    whole = (slice(0, dataset.n_images), slice(0, len(dataset)))
+    wanted = folds if fold5 and not want_sims else [whole]
+    totals = [np.float32(0)] * len(wanted)
     for model in models:
-        images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
-        sims = [
-            score(model, images.rows(mine(i, dataset)), captions.rows(c), PRECISIONS[precision])
-            for i, c in wanted
-        ]
-        totals = sims if not totals else [a + b for a, b in zip(totals, sims, strict=True)]
-        del images, captions
-    blocks = [distributed.to_first(total / np.float32(len(models))) for total in totals]
-    if not distributed.is_first():
-        return distributed.from_first(None), None
-    matrix = blocks[0] if wanted == [everything] else None
+        images = encode_images(model, dataset, device)
+        captions = encode_captions(model, dataset, device)
+        for k, (i, c) in enumerate(wanted):
+            parts = images.rows(local_slice(i, dataset)), captions.rows(c)
+            totals[k] = totals[k] + score(model, *parts, PRECISIONS[precision])
+    blocks = [
+        np.concatenate(distributed.all_gather_object(total / np.float32(len(models))))
+        for total in totals
+    ]
+    matrix = blocks[0] if wanted == [whole] else None
     if fold5 and matrix is not None:
         blocks = [matrix[i, c] for i, c in folds]
-    if any(np.ptp(block) < COLLAPSED for block in blocks):
+    if is_main_process() and any(np.ptp(block) < COLLAPSED for block in blocks):
         print(
             f"warning: all scores lie within {COLLAPSED:g}: the model has collapsed. Ties count "
             "against it, so these recalls are not above chance",
             file=sys.stderr,
         )
-    image_of_caption = dataset.image_of_caption
+    image_of_caption = dataset.image_of_caption[folds[0][1] if fold5 else slice(None)]
     try:
-        if not fold5:
-            metrics = retrieval_metrics(blocks[0], image_of_caption)
-        else:
-            first = image_of_caption[folds[0][1]]
-            metrics = mean_metrics([retrieval_metrics(block, first) for block in blocks])
-        if bootstrap:
-            owner = first if fold5 else image_of_caption
-            hits = [image_hits(block, owner) for block in blocks]
-            metrics["bootstrap"] = bootstrap_intervals(hits, bootstrap)
+        results = [retrieval_metrics(block, image_of_caption) for block in blocks]
     except ValueError as error:
         raise InputError(f"{dataset.name} {dataset.split}: {error}") from error
-    return distributed.from_first(metrics), matrix
+    metrics = mean_metrics(results) if fold5 else results[0]
+    if bootstrap:
+        hits = [image_hits(block, image_of_caption) for block in blocks]
+        metrics["bootstrap"] = bootstrap_intervals(hits, bootstrap)
+    return metrics, matrix
 
 
-def mine(rows: slice, dataset: PrecompDataset) -> slice:
-    """Those of some images that this process has encoded, counted from its first."""
-    own = distributed.share(dataset.n_images)
-    start = min(max(rows.start, own.start), own.stop)
-    return slice(start - own.start, max(start, min(rows.stop, own.stop)) - own.start)
+# -- reports --------------------------------------------------------------------------------------
 
 
 def protocol(data_name: str, split: str, n_images: int, fold5: bool) -> str:
     """The name of the protocol that a number belongs to."""
+    coco_testall = data_name.startswith("coco") and split == "testall" and n_images == 5000
     if fold5:
-        known = data_name.startswith("coco") and split == "testall" and n_images == 5000
-        name = "COCO 1K" if known else f"{data_name} {split}"
+        name = "COCO 1K" if coco_testall else f"{data_name} {split}"
         return f"{name}, mean of five folds of {n_images // N_FOLDS:,} images"
-    if data_name.startswith("coco") and split == "testall" and n_images == 5000:
+    if coco_testall:
         return "COCO 5K"
     if data_name.startswith("coco") and split == "test":
         return (
@@ -248,33 +221,39 @@ def protocol(data_name: str, split: str, n_images: int, fold5: bool) -> str:
     return f"{data_name} {split}, {n_images:,} images"
 
 
+WAYS = {"i2t": "image to text", "t2i": "text to image"}
+
+
 def report(metrics: dict) -> str:
     """The metrics as a small table."""
     lines = [f"{'':16}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'medr':>7}{'meanr':>8}"]
-    for way, name in (("i2t", "image to text"), ("t2i", "text to image")):
+    for way, name in WAYS.items():
         m = metrics[way]
         lines.append(
             f"{name:16}{m['r1']:7.1f}{m['r5']:7.1f}{m['r10']:7.1f}{m['medr']:7.1f}{m['meanr']:8.1f}"
         )
     folds = [f"{fold['rsum']:.1f}" for fold in metrics.get("folds", [])]
     lines.append(f"rsum {metrics['rsum']:.1f}" + f"  {folds}" * bool(folds))
-    if "bootstrap" in metrics:
-        lines.append(report_intervals(metrics["bootstrap"]))
+    if intervals := metrics.get("bootstrap"):
+        n = intervals["samples"]
+        lines.append(f"95 % intervals, {n:,} bootstrap samples of the images:")
+        for way, name in WAYS.items():
+            spans = (f"{low:.1f} – {high:.1f}" for low, high in intervals[way].values())
+            lines.append(f"{name:16}" + "".join(f"{span:>16}" for span in spans))
+        low, high = intervals["rsum"]
+        lines.append(f"rsum {low:.1f} – {high:.1f}")
     return "\n".join(lines)
 
 
-def report_intervals(intervals: dict) -> str:
-    """The bootstrap's intervals, under the recalls they belong to."""
-    lines = [f"95 % intervals, {intervals['samples']:,} bootstrap samples of the images:"]
-    for way, name in (("i2t", "image to text"), ("t2i", "text to image")):
-        spans = (f"{low:.1f} – {high:.1f}" for low, high in intervals[way].values())
-        lines.append(f"{name:16}" + "".join(f"{span:>16}" for span in spans))
-    low, high = intervals["rsum"]
-    return "\n".join([*lines, f"rsum {low:.1f} – {high:.1f}"])
+# -- the command ----------------------------------------------------------------------------------
 
 
 def load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabulary]:
-    """A model, its options overridden by what was asked for, and its vocabulary, checked."""
+    """A model, its options overridden by those of `opt` that are not None, and its vocabulary.
+
+    Raises:
+        InputError: if the checkpoint or its vocabulary is missing, or they do not fit.
+    """
     checkpoint = load_checkpoint(path)
     model = model_from(checkpoint, path)
     given = {k: v for k, v in vars(opt).items() if v is not None}
@@ -283,12 +262,13 @@ def load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabul
         raise InputError(f"{path}: it does not name its data set; give --data_name")
     # A model keeps the vocabulary of the data it was trained on, whatever it is evaluated on.
     trained_on = checkpoint["opt"].get("data_name", settings["data_name"])
-    file = vocab_file(settings["vocab_path"], trained_on)
+    file = Path(path).with_name("vocab.json")  # a model that is handed over has its own beside it
+    if given.get("vocab_path") or not file.is_file():
+        file = vocab_file(settings["vocab_path"], trained_on)
     vocab = Vocabulary.load(file)
     expected = checkpoint["opt"]["vocab_size"]
-    if len(vocab) != expected or checkpoint.get("vocab", vocab.fingerprint()) != (
-        vocab.fingerprint()
-    ):
+    fingerprint = vocab.fingerprint()
+    if len(vocab) != expected or checkpoint.get("vocab", fingerprint) != fingerprint:
         raise InputError(
             f"{file}: not the vocabulary {path} was trained with ({len(vocab)} words here, "
             f"{expected} there); name the folder of the right one with --vocab_path"
@@ -296,12 +276,37 @@ def load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabul
     return model, settings, vocab
 
 
-def run(opt: argparse.Namespace) -> dict:
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Evaluate LHSC: recalls in both directions.", allow_abbrev=False
+    )
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model_path", default=[DEFAULT_MODEL], nargs="+", metavar="CKPT",
+        help="checkpoint; the scores of several are averaged")
+    add("--data_path", default=None, help="folder of the data sets")
+    add("--data_name", default=None, help="its folder in data_path")
+    add("--vocab_path", default=None, help="folder of the vocabularies")
+    add("--split", default="test", choices=["dev", "test", "testall"])
+    add("--fold5", default=False, action=switch,
+        help="mean over five folds (COCO 1K, with --split testall)")
+    add("--save_sims", default=None, metavar="F.npy",
+        help="write the scores, float32 (n_images, n_captions)")
+    add("--save_metrics", default=None, metavar="F.json", help="write the metrics")
+    add("--bootstrap", default=0, type=at_least(0), metavar="N",
+        help="95%% intervals from N samples of the images, e.g. 1000")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--matmul", default="auto", choices=["auto", "default", "onednn"],
+        help="library of float32 products on the CPU; auto: oneDNN where it is exact and faster")
+    add("--precision", default="fp32", choices=[*PRECISIONS],
+        help="of the scoring's matrix products; bf16 is faster and moves scores in the third "
+        "decimal")
+    return parser  # fmt: skip
+
+
+def run(opt: argparse.Namespace, device: torch.device) -> dict:
     """What the command line does; returns the metrics it prints."""
-    for target in (opt.save_sims, opt.save_metrics):
-        if target is not None and not Path(target).absolute().parent.is_dir():
-            raise InputError(f"{target}: the folder to write into does not exist")
-    device = distributed.start(select_device(opt.device))
+    check_targets(opt.save_sims, opt.save_metrics)
+    choose_matmul(device, opt.matmul)
     paths = [opt.model_path] if isinstance(opt.model_path, str | Path) else opt.model_path
     loaded = [load(path, opt) for path in paths]
     models = [model.to(device) for model, _, _ in loaded]
@@ -309,99 +314,29 @@ def run(opt: argparse.Namespace) -> dict:
     for path, (_, _, other) in zip(paths, loaded, strict=True):
         if other.fingerprint() != vocab.fingerprint():
             raise InputError(f"{path}: an ensemble needs one vocabulary, this has another")
-    sizes = {(m.image_encoder.fc.in_features, o["num_regions"]) for m, o, _ in loaded}
+    sizes = {(o["img_dim"], o["num_regions"]) for _, o, _ in loaded}
     if len(sizes) > 1:
         raise InputError(f"an ensemble needs one kind of regions, found {sorted(sizes)}")
-    img_dim, num_regions = sizes.pop()
     limit = settings.get("val_captions") if opt.split == "dev" else None
     dataset = PrecompDataset(
-        settings["data_path"], settings["data_name"], opt.split, vocab, img_dim, num_regions, limit
+        settings["data_path"], settings["data_name"], opt.split, vocab, *sizes.pop(), limit
     )
+    want_sims = opt.save_sims is not None or not opt.fold5
     metrics, sims = evaluate(
-        models,
-        dataset,
-        device,
-        opt.fold5,
-        opt.save_sims is not None or not opt.fold5,
-        opt.precision,
-        opt.bootstrap,
+        models, dataset, device, opt.fold5, want_sims, opt.precision, opt.bootstrap
     )
-    name = protocol(dataset.name, dataset.split, dataset.n_images, opt.fold5)
-    if not distributed.is_first():
+    if not is_main_process():
         return metrics
+    name = protocol(dataset.name, dataset.split, dataset.n_images, opt.fold5)
     members = f", ensemble of {len(models)}" if len(models) > 1 else ""
     print(f"{name} ({dataset.n_images:,} images, {len(dataset):,} captions{members})")
     print(report(metrics), flush=True)
     if opt.save_sims is not None:
-        write_whole(opt.save_sims, lambda file: np.save(file, sims))
+        atomic_write(opt.save_sims, lambda file: np.save(file, sims))
     if opt.save_metrics is not None:
         text = json.dumps(metrics | {"protocol": name}, indent=1) + "\n"
-        write_whole(opt.save_metrics, lambda file: file.write(text.encode()))
+        atomic_write(opt.save_metrics, lambda file: file.write(text.encode()))
     return metrics
-
-
-def write_whole(target: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """A file that is either the old one or the whole new one, which `write` fills."""
-    temporary = Path(f"{target}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Evaluate LHSC: recalls in both directions.", allow_abbrev=False
-    )
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument(
-        "--model_path",
-        default=[DEFAULT_MODEL],
-        nargs="+",
-        metavar="CKPT",
-        help="checkpoint; several are averaged by their scores",
-    )
-    parser.add_argument("--data_path", default=None, help="folder of the data sets")
-    parser.add_argument("--data_name", default=None, help="its folder in data_path")
-    parser.add_argument("--vocab_path", default=None, help="folder of the vocabularies")
-    parser.add_argument("--split", default="test", choices=["dev", "test", "testall"])
-    parser.add_argument(
-        "--fold5",
-        default=False,
-        action=switch,
-        help="mean over five folds (COCO 1K, with --split testall)",
-    )
-    parser.add_argument(
-        "--save_sims",
-        default=None,
-        metavar="F.npy",
-        help="write the scores, float32 (n_images, n_captions)",
-    )
-    parser.add_argument("--save_metrics", default=None, metavar="F.json", help="write the metrics")
-    parser.add_argument(
-        "--bootstrap",
-        default=0,
-        type=samples,
-        metavar="N",
-        help="95%% intervals from N samples of the images, e.g. 1000",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--precision",
-        default="fp32",
-        choices=[*PRECISIONS],
-        help="of the matrix products of the scoring; bf16 is faster and moves scores in the third "
-        "decimal (README, Speed)",
-    )
-    return parser  # fmt: skip
-
-
-def samples(text: str) -> int:
-    if int(text) != 0 and int(text) < 100:
-        raise argparse.ArgumentTypeError(f"{text}: should be 0 (none), or 100 or more")
-    return int(text)
 
 
 def evalrank(
@@ -413,23 +348,24 @@ def evalrank(
 ) -> dict:
     """Evaluate a checkpoint on a split: prints the metrics and returns them.
 
-    `others`: any other option of the command line by name (vocab_path, data_name, device, …).
+    others: any other option of the command line by name (vocab_path, data_name, device, …).
 
     Raises:
         InputError: for anything wrong with the files.
     """
     opt = options().parse_args([])
-    unknown = sorted(others.keys() - vars(opt).keys())
-    if unknown:
+    if unknown := sorted(others.keys() - vars(opt).keys()):
         raise TypeError(f"evalrank has no option {unknown[0]}")
     given = {"model_path": model_path, "data_path": data_path, "split": split, "fold5": fold5}
-    return run(argparse.Namespace(**vars(opt) | given | others))
+    opt = argparse.Namespace(**vars(opt) | given | others)
+    return run(opt, select_device(opt.device))
 
 
 @one_line
 def main() -> None:
-    with distributed.together():
-        run(options().parse_args())
+    opt = options().parse_args()
+    with distributed.process_group(select_device(opt.device)) as device:
+        run(opt, device)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,39 @@
-"""LHSC: image encoder, text encoder, with a similarity (similarity.py) the whole model; the loss.
+"""LHSC: image encoder, text encoder, similarity encoder, and the loss.
 
 "Learning Hierarchical Semantic Correspondences for Cross-Modal Image-Text Retrieval", ICMR 2022.
 
 Shape letters: B images, C captions, R regions, W words of all captions end to end, L longest
-caption, D joint size (embed_size).
+caption, D joint size (embed_size), S similarity size (sim_dim).
 """
 
 from __future__ import annotations
 
-import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from attention import WordSelfAttention, init_xavier, l2norm
+from attention import (
+    EPS,
+    Alignment,
+    GatedSum,
+    RegionPooling,
+    WordPooling,
+    WordSelfAttention,
+    caption_index_of,
+    cross_attention,
+    in_chunks,
+    init_xavier,
+    inverse_length,
+    l2norm,
+    segment_sum,
+    word_mean,
+)
+from distributed import all_gather_with_grad, all_reduce_sum
 from graph_layers import RegionGraph
-from similarity import AttendedCosine, MeanCosine, SimilarityEncoder
+
+# -- encoders -------------------------------------------------------------------------------------
 
 
 class ImageEncoder(nn.Module):
@@ -36,19 +53,13 @@ class ImageEncoder(nn.Module):
         region_emb = self.graph(self.fc(images).to(images.dtype))
         return region_emb if self.no_imgnorm else l2norm(region_emb)
 
-    def folded(self) -> ImageEncoder:
-        """The same encoder for inference, its graph layers multiplied out."""
-        encoder = copy.copy(self)
-        encoder._modules = self._modules | {"graph": self.graph.folded()}
-        return encoder
-
 
 class TextEncoder(nn.Module):
     """Word ids to word embeddings: embedding, word self-attention, (Bi-)GRU.
 
-    The self-attention layers mirror the region graph level by level: words, phrases (pairs of
-    words), and higher. `padding` is "masked" (default: a caption's embedding depends on that
-    caption alone) or "released" (pads attend and are attended to, see WordSelfAttention).
+    The self-attention layers mirror the region graph level by level: words, pairs of words, and
+    higher. padding: "masked" (a caption's embedding depends on that caption alone) or "official"
+    (pads attend and are attended to, see WordSelfAttention).
     """
 
     def __init__(
@@ -85,27 +96,232 @@ class TextEncoder(nn.Module):
         hidden, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
         word_emb = hidden[mask[:, : hidden.shape[1]]].to(words.dtype)  # (W, D or 2 D)
         if self.gru.bidirectional:
-            word_emb = torch.stack(word_emb.chunk(2, dim=-1)).mean(0)
+            word_emb = torch.stack(word_emb.chunk(2, dim=-1)).mean(0)  # (W, D)
         return word_emb if self.no_txtnorm else l2norm(word_emb)
 
 
-# What some of LHSC's arguments may be; the first is the default.
-CHOICES = {
-    "padding": ("masked", "released"),
-    "similarity": ("lhsc", "scan", "vse"),
-    "global_image": ("regions", "attended"),
-    "alignment": ("both", "local", "global"),
-}
+# -- similarity -----------------------------------------------------------------------------------
+
+
+class EncodedImages(NamedTuple):
+    region_emb: Tensor  # (B, R, D)
+    image_global: Tensor  # (B, D)
+
+    def rows(self, rows: slice) -> EncodedImages:
+        return EncodedImages(self.region_emb[rows], self.image_global[rows])
+
+
+class EncodedCaptions(NamedTuple):
+    word_emb: Tensor  # (W, D) words of all captions end to end
+    caption_global: Tensor  # (C, D)
+    lengths: Tensor  # (C,)
+
+    def rows(self, rows: slice) -> EncodedCaptions:
+        ends = self.lengths.cumsum(0)
+        first = int(ends[rows.start - 1]) if rows.start else 0
+        words = self.word_emb[first : int(ends[rows.stop - 1])]
+        return EncodedCaptions(words, self.caption_global[rows], self.lengths[rows])
+
+
+class Similarity(nn.Module):
+    """What every similarity has: a vector an image, a vector a caption, and scores of all pairs."""
+
+    def image_global(self, region_emb: Tensor) -> Tensor:
+        """One vector an image: (B, R, D) -> (B, D); the mean region, unless it is learned."""
+        return l2norm(region_emb.mean(1))
+
+    def caption_global(self, word_emb: Tensor, lengths: Tensor) -> Tensor:
+        """One vector a caption: (W, D), (C,) -> (C, D); the mean word, unless it is learned."""
+        return l2norm(word_mean(word_emb, lengths))
+
+    def forward(
+        self,
+        region_emb: Tensor,
+        word_emb: Tensor,
+        lengths: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """region_emb (B, R, D), word_emb (W, D), lengths (C,) -> sims (B, C).
+
+        When several processes train, C are the captions of all of them.
+        """
+        images = EncodedImages(region_emb, self.image_global(region_emb))
+        captions = EncodedCaptions(word_emb, self.caption_global(word_emb, lengths), lengths)
+        if self.training:
+            captions = EncodedCaptions(*map(all_gather_with_grad, captions))
+        return self.score(images, captions, dtype)
+
+    def score(
+        self, images: EncodedImages, captions: EncodedCaptions, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The scores of B images with C captions: (B, C).
+
+        dtype: of the large matrix products, None for the inputs'.
+        """
+        raise NotImplementedError
+
+
+class CaptionBatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d(1) as the official loop calls it: once per caption, in caption order.
+
+    The statistics are those of one caption's gates over all images of the batch (of all processes),
+    n = B·(L+1) numbers; pooling them over captions would train another model. A step moves the
+    running buffers C times, which has a closed form: (1−m)^C old + Σ_i m (1−m)^(C−1−i) statistic_i.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, gates: Tensor, caption_index: Tensor, n_captions: int) -> Tensor:
+        """gates (B, N), and the caption of each, caption_index (N,) -> (B, N)."""
+        if not self.training:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            return gates * scale + (self.bias - self.running_mean * scale)
+        n = caption_index.bincount(minlength=n_captions)  # (C,)
+        n = n * all_reduce_sum(caption_index.new_tensor(len(gates)))
+        mean = segment_sum(gates.sum(0), caption_index, n_captions, dim=0)
+        mean = all_reduce_sum(mean) / n
+        squares = (gates - mean[caption_index]).square().sum(0)
+        squares = all_reduce_sum(segment_sum(squares, caption_index, n_captions, dim=0))
+        self._move_buffers(mean.detach(), (squares / (n - 1)).detach())
+        scale = self.weight * (squares / n + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return gates * scale[caption_index] + shift[caption_index]
+
+    @torch.no_grad()
+    def _move_buffers(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        keep = 1 - self.momentum
+        n_captions = len(mean)
+        age = torch.arange(n_captions - 1, -1, -1, device=mean.device, dtype=mean.dtype)
+        weight = self.momentum * keep**age  # (C,)
+        for buffer, statistic in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+            buffer.mul_(keep**n_captions).add_(weight @ statistic)
+        self.num_batches_tracked += n_captions
+
+
+class Aligned(NamedTuple):
+    """Alignments s = x / ‖x‖. They are used as x and 1 / ‖x‖, which saves a pass over x."""
+
+    x: Tensor  # (B, N, S) P (m − q)² + p, of the words (N = W) or of whole captions (N = C)
+    inverse: Tensor  # (B, N) 1 / (‖x‖ + eps)
+    logits: Tensor  # (B, N) a · s + a₀, the gate before BatchNorm and sigmoid
+
+
+class Alignments(NamedTuple):
+    """All that the scores of B images with C captions are made of."""
+
+    weights: Tensor  # (B, W, R) of the regions a word attends to; their sum has length 1
+    local: Aligned  # N = W
+    global_: Aligned | None  # N = C; None in a similarity without global alignments
+    local_gate: Tensor  # (B, W); with global_gate they sum to 1 over a caption
+    global_gate: Tensor | None  # (B, C)
+
+
+class SimilarityEncoder(Similarity):
+    """Local and global alignments of every image with every caption, gated into one score.
+
+    m_l = l2norm(Σ_r weight_lr v_r)                  regions seen from word l (cross_attention)
+    s_l = l2norm(P (m_l − q_l)² + p)                 local alignment
+    s_0 = l2norm(P' (î − ĉ)² + p')                   global alignment
+    e_l = sigmoid(BN₁(a · s_l + a₀)), l = 0 … L      gates, divided by their sum over the caption
+    score = sigmoid(w · l2norm(Σ_l e_l s_l) + w₀)
+    """
+
+    def __init__(
+        self, embed_size: int, sim_dim: int, num_regions: int = 36, pool_dropout: float = 0.4
+    ) -> None:
+        super().__init__()
+        self.region_pooling = RegionPooling(embed_size, num_regions, pool_dropout)
+        self.word_pooling = WordPooling(embed_size, pool_dropout)
+        self.local_fc = nn.Linear(embed_size, sim_dim)  # P, p
+        self.global_fc = nn.Linear(embed_size, sim_dim)  # P', p'
+        self.gate_fc = nn.Linear(sim_dim, 1)  # a, a₀
+        self.gate_bn = CaptionBatchNorm()
+        self.score_fc = nn.Linear(sim_dim, 1)  # w, w₀
+        init_xavier(self)
+
+    def image_global(self, region_emb: Tensor) -> Tensor:
+        return self.region_pooling(region_emb)
+
+    def caption_global(self, word_emb: Tensor, lengths: Tensor) -> Tensor:
+        return self.word_pooling(word_emb, lengths)
+
+    def score(
+        self, images: EncodedImages, captions: EncodedCaptions, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        _, local, global_, local_gate, global_gate = self.alignments(images, captions, dtype)
+        pooled = GatedSum.apply(local_gate * local.inverse, local.x, captions.lengths)  # (B, C, S)
+        pooled = pooled + (global_gate * global_.inverse).unsqueeze(-1) * global_.x
+        return self.score_of(pooled)
+
+    def alignments(
+        self, images: EncodedImages, captions: EncodedCaptions, dtype: torch.dtype | None = None
+    ) -> Alignments:
+        """Alignments of B images with C captions, and their gates."""
+        caption_index, n_captions = caption_index_of(captions.lengths), len(captions.lengths)
+        weights = attend(images, captions, dtype)
+        local = self.align(weights, images.region_emb, captions.word_emb, self.local_fc, dtype)
+        global_ = self.global_alignment(weights, images, captions, dtype)
+        logits = torch.cat([local.logits, global_.logits], dim=1)  # (B, W + C)
+        itself = torch.arange(n_captions, device=logits.device)
+        gates = self.gates(logits, torch.cat([caption_index, itself]), n_captions)
+        local_gate, global_gate = gates.split([len(caption_index), n_captions], dim=1)
+        return Alignments(weights, local, global_, local_gate, global_gate)
+
+    def global_alignment(
+        self,
+        weights: Tensor,
+        images: EncodedImages,
+        captions: EncodedCaptions,
+        dtype: torch.dtype | None,
+    ) -> Aligned:
+        """î with ĉ. î is the same for all captions: the only region, with weight 1."""
+        one = weights.new_ones(1, len(captions.lengths), 1).expand(len(weights), -1, -1)
+        regions = images.image_global.unsqueeze(1)  # (B, 1, D)
+        return self.align(one, regions, captions.caption_global, self.global_fc, dtype)
+
+    def align(
+        self,
+        weights: Tensor,
+        regions: Tensor,
+        words: Tensor,
+        fc: nn.Linear,
+        dtype: torch.dtype | None,
+    ) -> Aligned:
+        """weights (B, N, R), regions (B, R, D), words (N, D) -> Aligned."""
+        a, a0 = self.gate_fc.weight[0], self.gate_fc.bias
+        x, length, product = Alignment.apply(weights, regions, words, fc.weight, fc.bias, a, dtype)
+        inverse = inverse_length(length)
+        return Aligned(x, inverse, product * inverse + a0)
+
+    def gates(self, logits: Tensor, caption_index: Tensor, n_captions: int) -> Tensor:
+        """e_l divided by their sum: logits (B, N), their captions (N,) -> gates (B, N)."""
+        gates = self.gate_bn(logits, caption_index, n_captions).sigmoid()
+        sums = segment_sum(gates, caption_index, n_captions, dim=1) + EPS  # (B, C)
+        return gates / sums.index_select(1, caption_index)
+
+    def score_of(self, pooled: Tensor) -> Tensor:
+        """Σ_l e_l s_l (B, C, S) -> scores (B, C) in (0, 1)."""
+        return torch.sigmoid(self.score_fc(l2norm(pooled)).squeeze(-1))
+
+
+def attend(
+    images: EncodedImages, captions: EncodedCaptions, dtype: torch.dtype | None = None
+) -> Tensor:
+    """cross_attention of all words over the regions of all images: weights (B, W, R)."""
+    words, lengths = captions.word_emb, captions.lengths
+    numel = len(words) * images.region_emb.shape[1]
+    others = words, caption_index_of(lengths), len(lengths), dtype
+    return in_chunks(cross_attention, numel, (images.region_emb,), *others)
+
+
+# -- the whole model ------------------------------------------------------------------------------
 
 
 class LHSC(nn.Module):
     """The whole model; the arguments carry the names of train.py's options.
 
-    The models it is compared with are variants of it: without layers (`graph_layers`,
-    `text_layers` 0) it is SGRAF's SAF, with `similarity` "scan" or "vse" SCAN or VSE++ as well.
-
-    Raises:
-        ValueError: for an argument that is not among its CHOICES, or has no meaning with another.
+    similarity: the class that scores; baselines.py has those that LHSC is compared with.
     """
 
     def __init__(
@@ -126,50 +342,34 @@ class LHSC(nn.Module):
         no_imgnorm: bool = False,
         no_txtnorm: bool = False,
         padding: str = "masked",
-        similarity: str = "lhsc",
-        global_image: str = "regions",
-        alignment: str = "both",
+        similarity: type[Similarity] = SimilarityEncoder,
     ) -> None:
         super().__init__()
-        given = {"padding": padding, "similarity": similarity, "global_image": global_image,
-                 "alignment": alignment}  # fmt: skip
-        for name, value in given.items():
-            if value not in CHOICES[name]:
-                raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
-        if similarity != "lhsc" and (alignment, global_image) != ("both", "regions"):
-            raise ValueError(
-                f"alignment and global_image are LHSC's, not similarity {similarity}'s"
-            )
-        if alignment == "local" and global_image != "regions":
-            raise ValueError("with alignment local there is no global image vector")
         self.num_regions = num_regions
         self.image_encoder = ImageEncoder(img_dim, embed_size, graph_layers, no_imgnorm)
         self.text_encoder = TextEncoder(
             vocab_size, word_dim, embed_size, num_layers, bi_gru, text_layers,
             drop_out, embed_dropout, no_txtnorm, padding,
         )  # fmt: skip
-        if similarity == "lhsc":
-            self.similarity = SimilarityEncoder(
-                embed_size, sim_dim, num_regions, pool_dropout, global_image, alignment
-            )
-        else:
-            self.similarity = AttendedCosine() if similarity == "scan" else MeanCosine()
+        self.similarity = similarity(embed_size, sim_dim, num_regions, pool_dropout)
 
-    def mixed_precision(self) -> LHSC:
-        """In training, large matrix products are in bfloat16; weights, sums and scores in float32.
+    def forward(
+        self,
+        images: Tensor,
+        captions: Tensor,
+        lengths: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """images (B, R, img_dim), captions (C, L), lengths (C,) -> sims (B, C).
 
-        The encoders run under autocast, the similarity casts what it multiplies.
+        dtype: of the large matrix products (torch.bfloat16 in mixed precision), None for the
+        weights'. The encoders run under autocast, the similarity casts what it multiplies;
+        weights, sums and scores keep their dtype.
         """
-        self.similarity.mixed = True
-        return self
-
-    def forward(self, images: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
-        """images (B, R, img_dim), captions (C, L), lengths (C,) -> sims (B, C)."""
-        mixed = self.similarity.product_dtype is not None
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=mixed):
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             region_emb = self.image_encoder(images)
             word_emb = self.text_encoder(captions, lengths)
-        return self.similarity(region_emb, word_emb, lengths)
+        return self.similarity(region_emb, word_emb, lengths, dtype)
 
 
 def triplet_loss(
@@ -182,7 +382,7 @@ def triplet_loss(
 
     sims (B, B) -> scalar. For each image the negatives are the other captions (its row), for each
     caption the other images (its column); with `max_violation` only the hardest of each counts.
-    Two captions of one image in a batch are negatives of each other, as in the released code,
+    Two captions of one image in a batch are negatives of each other, as in the official code,
     unless `image_index` (B,) tells which image each row is.
     """
     positive = sims.diagonal()

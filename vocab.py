@@ -3,7 +3,7 @@
     python vocab.py --data_path data --data_name f30k_precomp
 
 writes vocab/f30k_precomp_vocab.json from the train and dev captions, words seen at least 4 times.
-A checkpoint of the released code needs the vocabulary file it was trained with: the numbers in it
+A checkpoint of the official code needs the vocabulary file it was trained with: the numbers in it
 came out of a Python 2 dict, in an order that cannot be computed again.
 """
 
@@ -13,8 +13,7 @@ import argparse
 import functools
 import hashlib
 import json
-import os
-import warnings
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,13 +22,11 @@ import nltk
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-from errors import InputError, one_line
+import distributed
+from utils import InputError, at_least, atomic_write, one_line
 
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unk>")
-PUNKT_MISSING = (
-    "nltk's Punkt data is not installed: sentences are split by nltk's untrained Punkt, which "
-    "differs after abbreviations ('mr. smith'); to get it: python -m nltk.downloader punkt_tab"
-)
+MAX_WORDS = 512  # of a caption; Flickr30K's longest has 81
 
 
 @functools.cache
@@ -38,7 +35,12 @@ def sentence_splitter() -> Callable[[str], list[str]]:
     try:
         nltk.data.find("tokenizers/punkt_tab/english")
     except LookupError:
-        warnings.warn(PUNKT_MISSING, stacklevel=2)
+        if distributed.is_main_process():
+            print(
+                "note: nltk's Punkt data is missing, so 'mr. smith' is split differently; "
+                "to get it: python -m nltk.downloader punkt_tab",
+                file=sys.stderr,
+            )
         return PunktSentenceTokenizer().tokenize
     return nltk.sent_tokenize
 
@@ -73,8 +75,15 @@ class Vocabulary:
         return self.word2idx.get(word, self.word2idx["<unk>"])
 
     def encode(self, caption: str) -> list[int]:
-        """`<start> words <end>` as numbers; at least those two."""
-        return [self("<start>"), *map(self, tokenize(caption)), self("<end>")]
+        """`<start> words <end>` as numbers; at least those two.
+
+        Raises:
+            InputError: for more than MAX_WORDS words; self-attention needs their square of memory.
+        """
+        words = tokenize(caption)
+        if len(words) > MAX_WORDS:
+            raise InputError(f"a caption of {len(words):,} words; at most {MAX_WORDS} are taken")
+        return [self("<start>"), *map(self, words), self("<end>")]
 
     def fingerprint(self) -> str:
         """Changes when a word or its number does: a checkpoint fits one vocabulary only."""
@@ -85,9 +94,8 @@ class Vocabulary:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"word2idx": self.word2idx, "idx2word": self.idx2word, "idx": len(self)}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may begin at once
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
+        text = json.dumps(content, ensure_ascii=False)
+        atomic_write(path, lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
@@ -108,26 +116,22 @@ class Vocabulary:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a JSON file: {error}") from error
         word2idx = content.get("word2idx") if isinstance(content, dict) else None
-        if not isinstance(word2idx, dict) or not word2idx:
-            raise InputError(f"{path}: expected SCAN's {{'word2idx', 'idx2word', 'idx'}}")
-        missing = [token for token in SPECIAL_TOKENS if token not in word2idx]
-        if missing:
-            raise InputError(f"{path}: the special token {missing[0]} is missing")
-        if {*map(type, word2idx.values())} != {int} or sorted(word2idx.values()) != [
-            *range(len(word2idx))
-        ]:
-            raise InputError(f"{path}: the {len(word2idx)} words should have the numbers 0 … n−1")
+        if not isinstance(word2idx, dict) or not {*SPECIAL_TOKENS} <= word2idx.keys():
+            raise InputError(f"{path}: expected SCAN's {{'word2idx': {{'<pad>': 0, …}}, …}}")
+        numbers = list(word2idx.values())
+        if {*map(type, numbers)} != {int} or sorted(numbers) != [*range(len(numbers))]:
+            raise InputError(f"{path}: the {len(numbers)} words should have the numbers 0 … n−1")
         if word2idx["<pad>"] != 0:
             raise InputError(f"{path}: <pad> should be number 0, it is {word2idx['<pad>']}")
-        words = sorted(word2idx, key=word2idx.get)
-        try:
-            "".join(words).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"{path}: a word that is no text: {error}") from error
+        vocab = cls(sorted(word2idx, key=word2idx.get))
         idx2word = content.get("idx2word")
-        if idx2word is not None and idx2word != {str(i): word for i, word in enumerate(words)}:
+        if idx2word is not None and idx2word != {str(i): w for i, w in vocab.idx2word.items()}:
             raise InputError(f"{path}: idx2word and word2idx disagree")
-        return cls(words)
+        try:
+            vocab.fingerprint()
+        except UnicodeEncodeError as error:  # JSON can hold half a character
+            raise InputError(f"{path}: a word that is not text: {error}") from error
+        return vocab
 
 
 def build_vocab(captions: Iterable[str], threshold: int = 4) -> Vocabulary:
@@ -138,7 +142,13 @@ def build_vocab(captions: Iterable[str], threshold: int = 4) -> Vocabulary:
 
 
 def vocab_file(vocab_path: str | Path, data_name: str) -> Path:
-    """Where SCAN keeps a data set's vocabulary."""
+    """Where SCAN keeps a data set's vocabulary.
+
+    Raises:
+        InputError: if `data_name` is a path, which would lead out of the folder.
+    """
+    if Path(data_name).name != data_name or data_name == "..":
+        raise InputError(f"--data_name {data_name}: expected the name of a folder in --data_path")
     return Path(vocab_path) / f"{data_name}_vocab.json"
 
 
@@ -178,13 +188,17 @@ def build_from_data(data_path: str | Path, data_name: str, threshold: int = 4) -
 @one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--data_path", default="./data", help="folder of the data sets")
-    parser.add_argument("--data_name", default="f30k_precomp", help="its folder in data_path")
-    parser.add_argument("--vocab_path", default="./vocab", help="folder to write into")
-    parser.add_argument("--threshold", default=4, type=int, help="least count of a word")
+    add = parser.add_argument
+    add("--data_path", default="./data", help="folder of the data sets")
+    add("--data_name", default="f30k_precomp", help="its folder in data_path")
+    add("--vocab_path", default="./vocab", help="folder to write into")
+    add("--threshold", default=4, type=at_least(1), help="least count of a word")
+    add("--overwrite", action="store_true", help="replace a vocabulary that is there")
     opt = parser.parse_args()
-    vocab = build_from_data(opt.data_path, opt.data_name, opt.threshold)
     path = vocab_file(opt.vocab_path, opt.data_name)
+    if path.exists() and not opt.overwrite:
+        raise InputError(f"{path}: is there already; --overwrite replaces it")
+    vocab = build_from_data(opt.data_path, opt.data_name, opt.threshold)
     vocab.save(path)
     print(f"{len(vocab)} words written to {path}")
 

@@ -1,17 +1,15 @@
-"""The released way of computing LHSC, literal and slow: what the model is tested against.
+"""The official code's way of computing LHSC, literal and slow: what the model is tested against.
 
-One caption at a time, one numbered layer after another, under the names of the released
+One caption at a time, one numbered layer after another, under the names of the official
 checkpoints. It shares no code with the model, so that an error has to be made twice to hide.
-Letters: B images, C captions, R regions, L longest caption, D joint size, S similarity size.
+
+Shape letters: B images, C captions, R regions, L longest caption, n words of one caption,
+E word_dim, D joint size, S similarity size.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 
 def l2norm(x: Tensor, dim: int = -1) -> Tensor:
@@ -19,36 +17,37 @@ def l2norm(x: Tensor, dim: int = -1) -> Tensor:
     return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + 1e-8)
 
 
-def init_uniform(linear: nn.Linear) -> None:
-    """Weight uniform within ±sqrt(6 / (in + out)), which is Xavier's, and bias 0."""
-    bound = math.sqrt(6.0 / (linear.in_features + linear.out_features))
-    nn.init.uniform_(linear.weight, -bound, bound)
-    nn.init.zeros_(linear.bias)
+def linear(n_in: int, n_out: int) -> nn.Linear:
+    """With Xavier's initial weights, uniform within ±sqrt(6 / (in + out)), and bias 0."""
+    layer = nn.Linear(n_in, n_out)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
-class ReleasedGraphLayer(nn.Module):
+# -- encoders -------------------------------------------------------------------------------------
+
+
+class OfficialGraphLayer(nn.Module):
     """V + BatchNorm(w(G g(V))), with G = FC1(theta(V)) FC2(phi(V))ᵀ / R.  (B, D, R) -> (B, D, R)"""
 
     def __init__(self, embed_size: int) -> None:
         super().__init__()
-        head = embed_size // 4
-        self.g = nn.Conv1d(embed_size, embed_size, 1)
-        self.W = nn.Sequential(nn.Conv1d(embed_size, embed_size, 1), nn.BatchNorm1d(embed_size))
-        nn.init.zeros_(self.W[1].weight)  # scale and shift 0: the layer starts as the identity
-        nn.init.zeros_(self.W[1].bias)
-        self.theta = nn.Conv1d(embed_size, head, 1)
-        self.theta1 = nn.Conv1d(embed_size, head, 1)
-        self.theta2 = nn.Conv1d(embed_size, head, 1)
-        self.theta3 = nn.Conv1d(embed_size, head, 1)
-        self.phi = nn.Conv1d(embed_size, head, 1)
-        self.phi1 = nn.Conv1d(embed_size, head, 1)
-        self.phi2 = nn.Conv1d(embed_size, head, 1)
-        self.phi3 = nn.Conv1d(embed_size, head, 1)
+
+        def conv(size: int) -> nn.Conv1d:
+            return nn.Conv1d(embed_size, size, 1)
+
+        heads, head = range(4), embed_size // 4
+        self.theta, self.theta1, self.theta2, self.theta3 = (conv(head) for _ in heads)
+        self.phi, self.phi1, self.phi2, self.phi3 = (conv(head) for _ in heads)
         self.fc1 = nn.Linear(embed_size, embed_size)
         self.fc2 = nn.Linear(embed_size, embed_size)
+        self.g = conv(embed_size)
+        self.W = nn.Sequential(conv(embed_size), nn.BatchNorm1d(embed_size))
+        nn.init.zeros_(self.W[1].weight)  # scale and shift 0: the layer starts as the identity
+        nn.init.zeros_(self.W[1].bias)
 
     def forward(self, v: Tensor) -> Tensor:
-        # The heads are concatenated in their numbered order.
         theta = torch.cat([self.theta(v), self.theta1(v), self.theta2(v), self.theta3(v)], 1)
         phi = torch.cat([self.phi(v), self.phi1(v), self.phi2(v), self.phi3(v)], 1)  # (B, D, R)
         a = self.fc1(theta.transpose(1, 2))  # (B, R, D)
@@ -58,41 +57,30 @@ class ReleasedGraphLayer(nn.Module):
         return v + self.W(y.transpose(1, 2))
 
 
-class ReleasedImageEncoder(nn.Module):
+class OfficialImageEncoder(nn.Module):
     """Region features to region embeddings.  (B, R, img_dim) -> (B, R, D)"""
 
     def __init__(self, img_dim: int, embed_size: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(img_dim, embed_size)
-        init_uniform(self.fc)
-        self.IM_GCN_1 = ReleasedGraphLayer(embed_size)
-        self.IM_GCN_2 = ReleasedGraphLayer(embed_size)
-        self.IM_GCN_3 = ReleasedGraphLayer(embed_size)
-        self.IM_GCN_4 = ReleasedGraphLayer(embed_size)
+        self.fc = linear(img_dim, embed_size)
+        self.IM_GCN_1, self.IM_GCN_2, self.IM_GCN_3, self.IM_GCN_4 = (
+            OfficialGraphLayer(embed_size) for _ in range(4)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         v = self.fc(images).transpose(1, 2)  # (B, D, R)
-        v = self.IM_GCN_1(v)
-        v = self.IM_GCN_2(v)
-        v = self.IM_GCN_3(v)
-        v = self.IM_GCN_4(v)
+        v = self.IM_GCN_4(self.IM_GCN_3(self.IM_GCN_2(self.IM_GCN_1(v))))
         return l2norm(v.transpose(1, 2))  # only here, not between the layers
 
 
-class ReleasedWordAttention(nn.Module):
+class OfficialWordAttention(nn.Module):
     """x + (l gᵀ / L) u over all L words it is given, pads among them.  (C, L, E) -> (C, L, E)"""
 
-    def __init__(self, word_dim: int, dropout: float) -> None:
+    def __init__(self, word_dim: int) -> None:
         super().__init__()
-
-        def branch() -> nn.Sequential:
-            linear = nn.Linear(word_dim, word_dim)
-            init_uniform(linear)
-            return nn.Sequential(linear, nn.Tanh(), nn.Dropout(dropout))
-
-        self.embedding_local = branch()
-        self.embedding_global = branch()
-        self.embedding_v = branch()
+        self.embedding_local, self.embedding_global, self.embedding_v = (
+            nn.Sequential(linear(word_dim, word_dim), nn.Tanh(), nn.Dropout(0.0)) for _ in range(3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         local = self.embedding_local(x)
@@ -101,121 +89,82 @@ class ReleasedWordAttention(nn.Module):
         return x + affinity @ self.embedding_v(x)
 
 
-class ReleasedTextEncoder(nn.Module):
+class OfficialTextEncoder(nn.Module):
     """Padded token ids and lengths to word embeddings, 0 at the pads.  (C, L) -> (C, L, D)
 
-    masked=False pads as the released code does: pads attend and are attended to, and L divides.
+    masked=False pads as the official code does: pads attend and are attended to, and L divides.
     masked=True runs each caption alone and unpadded, so it sees nothing of its batch.
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        word_dim: int,
-        embed_size: int,
-        num_layers: int = 1,
-        embed_dropout: float = 0.4,
-        word_dropout: float = 0.0,
-        masked: bool = False,
+        self, vocab_size: int, word_dim: int, embed_size: int, embed_dropout: float, masked: bool
     ) -> None:
         super().__init__()
         self.masked = masked
         self.embed = nn.Embedding(vocab_size, word_dim)  # no padding_idx: row 0 is trained
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
         self.dropout = nn.Dropout(embed_dropout)
-        self.W_att1 = ReleasedWordAttention(word_dim, word_dropout)
-        self.W_att2 = ReleasedWordAttention(word_dim, word_dropout)
-        self.W_att3 = ReleasedWordAttention(word_dim, word_dropout)
-        self.W_att4 = ReleasedWordAttention(word_dim, word_dropout)
-        self.cap_rnn = nn.GRU(
-            word_dim, embed_size, num_layers, batch_first=True, bidirectional=True
+        self.W_att1, self.W_att2, self.W_att3, self.W_att4 = (
+            OfficialWordAttention(word_dim) for _ in range(4)
         )
+        self.cap_rnn = nn.GRU(word_dim, embed_size, batch_first=True, bidirectional=True)
 
-    def forward(self, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
-        lengths = [int(n) for n in lengths]
+    def forward(self, captions: Tensor, lengths: Tensor) -> Tensor:
         if not self.masked:
             return self.encode(captions, lengths)
-        rows = []
-        for caption, n in zip(captions, lengths, strict=True):
-            words = self.encode(caption[None, :n], [n])[0]  # (n, D)
-            rows.append(nn.functional.pad(words, (0, 0, 0, captions.shape[1] - n)))
-        return torch.stack(rows)
+        rows = [
+            self.encode(caption[None, :n], n[None])[0]  # (n, D)
+            for caption, n in zip(captions, lengths, strict=True)
+        ]
+        return pad_sequence(rows, batch_first=True)
 
-    def encode(self, captions: Tensor, lengths: list[int]) -> Tensor:
+    def encode(self, captions: Tensor, lengths: Tensor) -> Tensor:
         """Every word of the rows attends, whatever the lengths; the GRU minds the lengths."""
         x = self.dropout(self.embed(captions))  # (C, L, E)
-        x = self.W_att1(x)
-        x = self.W_att2(x)
-        x = self.W_att3(x)
-        x = self.W_att4(x)
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        x = self.W_att4(self.W_att3(self.W_att2(self.W_att1(x))))
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         states, _ = self.cap_rnn(packed)
         states, _ = pad_packed_sequence(states, batch_first=True, total_length=x.shape[1])
         half = states.shape[2] // 2
         return l2norm((states[:, :, :half] + states[:, :, half:]) / 2)
 
 
-class ReleasedImagePooling(nn.Module):
-    """One vector of an image from its regions and their mean.  (B, R, D), (B, D) -> (B, D)"""
+# -- similarity -----------------------------------------------------------------------------------
 
-    def __init__(self, embed_size: int, num_regions: int, dropout: float) -> None:
+
+class OfficialPooling(nn.Module):
+    """One vector of some vectors and their mean.  (B, n, D), (B, D) -> (B, D)
+
+    num_regions: of an image, whose branches have BatchNorm; None for captions.
+    """
+
+    def __init__(self, embed_size: int, dropout: float, num_regions: int | None = None) -> None:
         super().__init__()
+
+        def branch(channels: int | None) -> nn.Sequential:
+            norm = [] if num_regions is None else [nn.BatchNorm1d(channels)]
+            fc = linear(embed_size, embed_size)
+            return nn.Sequential(fc, *norm, nn.Tanh(), nn.Dropout(dropout))
+
         # BatchNorm1d takes dimension 1 as channels: for the regions that is their position.
-        self.embedding_local = nn.Sequential(
-            nn.Linear(embed_size, embed_size),
-            nn.BatchNorm1d(num_regions),
-            nn.Tanh(),
-            nn.Dropout(dropout),
-        )
-        self.embedding_global = nn.Sequential(
-            nn.Linear(embed_size, embed_size),
-            nn.BatchNorm1d(embed_size),
-            nn.Tanh(),
-            nn.Dropout(dropout),
-        )
-        self.embedding_common = nn.Sequential(nn.Linear(embed_size, 1))
-        init_uniform(self.embedding_local[0])
-        init_uniform(self.embedding_global[0])
-        init_uniform(self.embedding_common[0])
+        self.embedding_local = branch(num_regions)
+        self.embedding_global = branch(embed_size)
+        self.embedding_common = nn.Sequential(linear(embed_size, 1))
 
-    def forward(self, regions: Tensor, mean: Tensor) -> Tensor:
-        local = self.embedding_local(regions)  # (B, R, D)
+    def forward(self, vectors: Tensor, mean: Tensor) -> Tensor:
+        local = self.embedding_local(vectors)  # (B, n, D)
         common = local * self.embedding_global(mean)[:, None, :]
-        weights = self.embedding_common(common).squeeze(2).softmax(1)  # (B, R)
-        return l2norm((weights[:, :, None] * regions).sum(1))
+        weights = self.embedding_common(common).squeeze(2).softmax(1)  # (B, n)
+        return l2norm((weights[:, :, None] * vectors).sum(1))
 
 
-class ReleasedTextPooling(nn.Module):
-    """One vector of a caption from its words and their mean.  (1, n, D), (1, D) -> (1, D)"""
-
-    def __init__(self, embed_size: int, dropout: float) -> None:
-        super().__init__()
-        self.embedding_local = nn.Sequential(
-            nn.Linear(embed_size, embed_size), nn.Tanh(), nn.Dropout(dropout)
-        )
-        self.embedding_global = nn.Sequential(
-            nn.Linear(embed_size, embed_size), nn.Tanh(), nn.Dropout(dropout)
-        )
-        self.embedding_common = nn.Sequential(nn.Linear(embed_size, 1))
-        init_uniform(self.embedding_local[0])
-        init_uniform(self.embedding_global[0])
-        init_uniform(self.embedding_common[0])
-
-    def forward(self, words: Tensor, mean: Tensor) -> Tensor:
-        local = self.embedding_local(words)  # (1, n, D)
-        common = local * self.embedding_global(mean)[:, None, :]
-        weights = self.embedding_common(common).squeeze(2).softmax(1)  # (1, n)
-        return l2norm((weights[:, :, None] * words).sum(1))
-
-
-class ReleasedGate(nn.Module):
+class OfficialGate(nn.Module):
     """Alignments weighed by their gates and summed.  (B, 1 + n, S) -> (B, S)"""
 
     def __init__(self, sim_dim: int) -> None:
         super().__init__()
-        self.attn_sim_w = nn.Linear(sim_dim, 1)
+        self.attn_sim_w = linear(sim_dim, 1)
         self.bn = nn.BatchNorm1d(1)
-        init_uniform(self.attn_sim_w)
 
     def forward(self, alignments: Tensor) -> Tensor:
         gates = self.attn_sim_w(alignments).transpose(1, 2)  # (B, 1, 1 + n)
@@ -233,64 +182,64 @@ def cross_attention(words: Tensor, regions: Tensor) -> Tensor:
     return l2norm(weights @ regions)
 
 
-class ReleasedSimilarity(nn.Module):
-    """Scores of images and captions, caption by caption.  (B, R, D), (C, L, D) -> (B, C)"""
+class OfficialSimilarity(nn.Module):
+    """Scores of images with one caption; score_loop goes through the captions.
+
+    ablation: none of the official code: only "local" alignments, only the "global" one, or
+    "attended", the image pooled from what the words of the caption attend to.
+    """
 
     def __init__(
         self,
         embed_size: int,
         sim_dim: int,
-        num_regions: int = 36,
-        pooling_dropout: float = 0.4,
+        num_regions: int,
+        pooling_dropout: float,
+        ablation: str = "lhsc",
     ) -> None:
         super().__init__()
-        self.v_global_w = ReleasedImagePooling(embed_size, num_regions, pooling_dropout)
-        self.t_global_w = ReleasedTextPooling(embed_size, pooling_dropout)
-        self.sim_tranloc_w = nn.Linear(embed_size, sim_dim)
-        self.sim_tranglo_w = nn.Linear(embed_size, sim_dim)
-        self.sim_eval_w = nn.Linear(sim_dim, 1)
-        self.cal_sim_base_atten = ReleasedGate(sim_dim)
-        init_uniform(self.sim_tranloc_w)
-        init_uniform(self.sim_tranglo_w)
-        init_uniform(self.sim_eval_w)
+        self.ablation = ablation
+        has_norm = num_regions if ablation != "attended" else None
+        self.v_global_w = OfficialPooling(embed_size, pooling_dropout, has_norm)
+        self.t_global_w = OfficialPooling(embed_size, pooling_dropout)
+        self.sim_tranloc_w = linear(embed_size, sim_dim)
+        self.sim_tranglo_w = linear(embed_size, sim_dim)
+        self.sim_eval_w = linear(sim_dim, 1)
+        self.cal_sim_base_atten = OfficialGate(sim_dim)
 
-    def forward(
-        self, region_emb: Tensor, word_emb: Tensor, lengths: Sequence[int] | Tensor
-    ) -> Tensor:
-        image_global = self.v_global_w(region_emb, region_emb.mean(1))  # once a batch: (B, D)
-        columns = []
-        for words, n in zip(word_emb, lengths, strict=True):
-            words = words[None, : int(n)]  # (1, n, D)
-            columns.append(self.score_caption(region_emb, image_global, words))
-        return torch.cat(columns, 1)
-
-    def score_caption(self, region_emb: Tensor, image_global: Tensor, words: Tensor) -> Tensor:
-        """All images against one caption.  (B, R, D), (B, D), (1, n, D) -> (B, 1)"""
+    def forward(self, region_emb: Tensor, image_global: Tensor, words: Tensor) -> Tensor:
+        """(B, R, D), (B, D), (1, n, D) -> (B, 1)"""
         caption_global = self.t_global_w(words, words.mean(1))  # (1, D)
-        expanded = words.expand(len(region_emb), -1, -1)  # (B, n, D)
-        attended = cross_attention(expanded, region_emb)
-        local = l2norm(self.sim_tranloc_w((attended - expanded) ** 2))  # (B, n, S)
+        words = words.expand(len(region_emb), -1, -1)  # (B, n, D)
+        attended = cross_attention(words, region_emb)
+        if self.ablation == "attended":
+            image_global = self.v_global_w(attended, attended.mean(1))
+        local = l2norm(self.sim_tranloc_w((attended - words) ** 2))  # (B, n, S)
         whole = l2norm(self.sim_tranglo_w((image_global - caption_global) ** 2))  # (B, S)
-        alignments = torch.cat([whole[:, None, :], local], 1)  # (B, 1 + n, S)
+        whole = whole[:, None, :]  # (B, 1, S)
+        alignments = {"local": local, "global": whole}.get(
+            self.ablation, torch.cat([whole, local], 1)  # (B, 1 + n, S)
+        )  # fmt: skip
         return self.sim_eval_w(self.cal_sim_base_atten(alignments)).sigmoid()
 
 
 def score_loop(
-    similarity: ReleasedSimilarity,
-    region_emb: Tensor,
-    word_emb: Tensor,
-    lengths: Sequence[int] | Tensor,
+    similarity: OfficialSimilarity, region_emb: Tensor, word_emb: Tensor, lengths: Tensor
 ) -> Tensor:
-    """Score given embeddings, one caption at a time.  (B, R, D), (C, L, D) -> (B, C)
+    """Scores of given embeddings, one caption at a time.  (B, R, D), (C, L, D), (C,) -> (B, C)
 
-    In train mode each caption moves the gate's running statistics once, in caption order; in
-    eval mode nothing moves. Gradients are kept unless the caller says no_grad.
+    In train mode each caption moves the gate's running statistics once, in caption order.
     """
-    return similarity(region_emb, word_emb, lengths)
+    image_global = similarity.v_global_w(region_emb, region_emb.mean(1))  # once a batch: (B, D)
+    columns = [
+        similarity(region_emb, image_global, words[None, :n])
+        for words, n in zip(word_emb, lengths, strict=True)
+    ]
+    return torch.cat(columns, 1)
 
 
-class ReleasedLHSC(nn.Module):
-    """The three released modules together; a fresh one has the released initial values."""
+class OfficialLHSC(nn.Module):
+    """The three official modules together; a fresh one has the official initial values."""
 
     def __init__(
         self,
@@ -300,71 +249,36 @@ class ReleasedLHSC(nn.Module):
         word_dim: int,
         vocab_size: int,
         num_regions: int = 36,
-        num_layers: int = 1,
         embed_dropout: float = 0.4,
-        word_dropout: float = 0.0,
         pooling_dropout: float = 0.4,
         masked: bool = False,
     ) -> None:
         super().__init__()
-        self.img_enc = ReleasedImageEncoder(img_dim, embed_size)
-        self.txt_enc = ReleasedTextEncoder(
-            vocab_size, word_dim, embed_size, num_layers, embed_dropout, word_dropout, masked
-        )
-        self.sim_enc = ReleasedSimilarity(embed_size, sim_dim, num_regions, pooling_dropout)
+        self.img_enc = OfficialImageEncoder(img_dim, embed_size)
+        self.txt_enc = OfficialTextEncoder(vocab_size, word_dim, embed_size, embed_dropout, masked)
+        self.sim_enc = OfficialSimilarity(embed_size, sim_dim, num_regions, pooling_dropout)
 
-    def forward(self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
+    def forward(self, images: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
         """(B, R, img_dim), (C, L), (C,) -> sims (B, C)"""
-        return score_loop(
-            self.sim_enc, self.img_enc(images), self.txt_enc(captions, lengths), lengths
-        )
-
-    def load_golden(self, npz: Mapping[str, np.ndarray], prefix: str = "init") -> None:
-        """Load `prefix/{img_enc,txt_enc,sim_enc}/name` into the three modules, strictly."""
-        for module in ("img_enc", "txt_enc", "sim_enc"):
-            start = f"{prefix}/{module}/"
-            state = {k[len(start) :]: torch.tensor(npz[k]) for k in npz if k.startswith(start)}
-            getattr(self, module).load_state_dict(state, strict=True)
+        word_emb = self.txt_enc(captions, lengths)
+        return score_loop(self.sim_enc, self.img_enc(images), word_emb, lengths)
 
 
-def hardest_negative_loss(sims: Tensor, margin: float = 0.2) -> Tensor:
-    """Hinge on the hardest wrong caption of each image and image of each caption, summed."""
+def hinge_loss(
+    sims: Tensor,
+    margin: float = 0.2,
+    max_violation: bool = True,
+    image_index: list[int] | None = None,
+) -> Tensor:
+    """Hinge on the wrong captions of each image and images of each caption, summed.
+
+    max_violation: only the hardest of each counts. image_index: rows of one image are not wrong.
+    """
+    index = range(len(sims)) if image_index is None else image_index
     loss = sims.new_zeros(())
     for i in range(len(sims)):
-        wrong = [j for j in range(len(sims)) if j != i]
-        if wrong:
-            loss = loss + (margin + sims[i, wrong].max() - sims[i, i]).clamp(min=0)
-            loss = loss + (margin + sims[wrong, i].max() - sims[i, i]).clamp(min=0)
+        wrong = [j for j in range(len(sims)) if index[j] != index[i]]
+        for scores in (sims[i, wrong], sims[wrong, i]) if wrong else ():
+            costs = (margin + scores - sims[i, i]).clamp(min=0)
+            loss = loss + (costs.max() if max_violation else costs.sum())
     return loss
-
-
-def recalls(ranks: list[int]) -> dict[str, float]:
-    """Named figures of ranks counted from 0. medr and meanr count from 1; r are per cent."""
-    n = len(ranks)
-    return {
-        "r1": 100.0 * sum(rank < 1 for rank in ranks) / n,
-        "r5": 100.0 * sum(rank < 5 for rank in ranks) / n,
-        "r10": 100.0 * sum(rank < 10 for rank in ranks) / n,
-        "medr": float(math.floor(np.median(ranks)) + 1),
-        "meanr": sum(ranks) / n + 1,
-    }
-
-
-def evaluate_ranks(sims: np.ndarray, per: int = 5) -> dict[str, dict[str, float] | float]:
-    """Ranks by counting, (n, n * per) scores; caption j belongs to image j // per.
-
-    A rank is how many wrong items score at least as high as the right one (the image's best
-    caption, in i2t): ties count against the model.
-    """
-    n_image, n_caption = sims.shape
-    i2t = []
-    for i in range(n_image):
-        best = max(sims[i, j] for j in range(n_caption) if j // per == i)
-        i2t.append(sum(1 for j in range(n_caption) if j // per != i and sims[i, j] >= best))
-    t2i = []
-    for j in range(n_caption):
-        right = sims[j // per, j]
-        t2i.append(sum(1 for i in range(n_image) if i != j // per and sims[i, j] >= right))
-    report = {"i2t": recalls(i2t), "t2i": recalls(t2i)}
-    report["rsum"] = sum(report[way][r] for way in ("i2t", "t2i") for r in ("r1", "r5", "r10"))
-    return report

@@ -1,16 +1,16 @@
 """SCAN's layout: what loads, what is refused, and that memory does not grow with the file."""
 
+import io
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_split
 
-from data import PrecompDataset, RegionFile, ShuffledBatches, collate, train_loader
-from errors import InputError
-from vocab import Vocabulary, build_from_data, vocab_file
+from data import PrecompDataset, RegionFile, ShuffledBatches, find_files, read_boxes, train_loader
+from utils import InputError
+from vocab import MAX_WORDS, Vocabulary, vocab_file
 
 
 @pytest.fixture
@@ -18,27 +18,37 @@ def vocab(tiny):
     return Vocabulary.load(vocab_file(tiny / "vocab", "tiny"))
 
 
-def load(folder, vocab, split="dev", **others):
-    return PrecompDataset(folder / "data", "tiny", split, vocab, **others)
+@pytest.fixture
+def folder(tiny):
+    return tiny / "data" / "tiny"
 
 
-def test_an_example_is_a_caption_with_its_image(tiny, vocab):
-    dataset = load(tiny, vocab)
-    array = np.load(tiny / "data/tiny/dev_ims.npy")
+@pytest.fixture
+def load(tiny, vocab):
+    def load(split="dev", **others):
+        return PrecompDataset(tiny / "data", "tiny", split, vocab, **others)
+
+    return load
+
+
+def test_an_example_is_a_caption_with_its_image(folder, load, vocab):
+    dataset = load()
     assert (len(dataset), dataset.n_images, dataset.captions_per_image) == (50, 10, 5)
     image, words, image_index, caption_index = dataset[37]
-    np.testing.assert_array_equal(image, array[7])
+    np.testing.assert_array_equal(image, np.load(folder / "dev_ims.npy")[7])
     assert words.tolist() == vocab.encode(dataset.texts[37])
     assert (image_index, caption_index) == (7, 37)
     np.testing.assert_array_equal(dataset.image_of_caption, np.repeat(np.arange(10), 5))
     assert dataset.image_ids[7] == "dev7"
+    (folder / "dev_ids.txt").unlink()
+    assert load().image_ids == [str(i) for i in range(10)]
 
 
-def test_images_and_captions_apart_are_the_same(tiny, vocab):
-    dataset = load(tiny, vocab)
+def test_images_and_captions_apart_are_the_same(load):
+    dataset, seen = load(), 0
     images = torch.cat(list(dataset.image_blocks(3)))
     assert torch.equal(images, torch.stack([dataset.image(i) for i in range(10)]))
-    seen = 0
+    assert torch.equal(torch.cat(list(dataset.image_blocks(3, slice(2, 9)))), images[2:9])
     for captions, lengths, _ in dataset.caption_blocks(torch.arange(len(dataset)), 7):
         assert captions.shape[1] == lengths.max()  # each block padded to its own longest
         for row, n in zip(captions, lengths, strict=True):
@@ -47,66 +57,67 @@ def test_images_and_captions_apart_are_the_same(tiny, vocab):
     assert seen == 50
 
 
-def test_images_repeated_five_times_load_as_once(tiny, vocab):
-    once = load(tiny, vocab)
+def test_images_repeated_five_times_load_as_once(folder, load):
+    once = load()
     images, example = torch.cat(list(once.image_blocks(4))), once[33]
-    write_split(tiny / "data" / "tiny", "dev", 10, repeat=5)
-    (tiny / "data/tiny/dev_ids.txt").write_text("".join(f"dev{i // 5}\n" for i in range(50)))
-    again = load(tiny, vocab)
+    write_split(folder, "dev", 10, repeat=5)
+    (folder / "dev_ids.txt").write_text("".join(f"dev{i // 5}\n" for i in range(50)))
+    again = load()
     assert (again.n_images, len(again)) == (10, 50)
     assert torch.equal(torch.cat(list(again.image_blocks(4))), images)
     assert torch.equal(again[33][0], example[0]) and again[33][2:] == example[2:]
     assert once.image_ids == again.image_ids
 
 
-@pytest.mark.parametrize(("n_captions", "per_image"), [(10, 1), (20, 2), (30, 3)])
-def test_any_number_of_captions_that_divides(tiny, vocab, n_captions, per_image):
-    (tiny / "data/tiny/dev_caps.txt").write_text("a red dog\n" * n_captions)
-    dataset = load(tiny, vocab)
-    assert (dataset.n_images, dataset.captions_per_image) == (10, per_image)
+@pytest.mark.parametrize("n_captions, max_captions, n_images, per_image", [
+    (10, None, 10, 1), (20, None, 10, 2), (30, 29, 10, 3), (50, 23, 5, 5),
+])  # fmt: skip
+def test_any_number_of_captions_that_divides(
+    folder, load, n_captions, max_captions, n_images, per_image
+):
+    (folder / "dev_caps.txt").write_text("a red dog\n" * n_captions)
+    dataset = load(max_captions=max_captions)
+    assert (len(dataset), dataset.n_images) == (max_captions or n_captions, n_images)
+    assert dataset.captions_per_image == per_image
+    assert len(list(dataset.image_blocks(1))) == len(dataset.image_ids) == n_images
 
 
-def test_half_precision_files(tiny, vocab):
-    write_split(tiny / "data" / "tiny", "dev", 10, dtype=np.float16)
-    image = load(tiny, vocab)[0][0]
-    assert image.dtype == torch.float32
-    np.testing.assert_array_equal(image, np.load(tiny / "data/tiny/dev_ims.npy")[0])
+@pytest.mark.parametrize("change", [np.float16, np.asfortranarray])
+def test_half_precision_and_fortran_order(folder, load, change):
+    array = change(np.load(folder / "dev_ims.npy"))
+    np.save(folder / "dev_ims.npy", array)
+    images = torch.cat(list(load().image_blocks(4)))
+    assert images.dtype == torch.float32
+    np.testing.assert_array_equal(images, array)
 
-
-def test_ids_are_optional(tiny, vocab):
-    (tiny / "data/tiny/dev_ids.txt").unlink()
-    assert load(tiny, vocab).image_ids == [str(i) for i in range(10)]
-
-
-def test_first_captions_only(tiny, vocab):
-    dataset = load(tiny, vocab, max_captions=23)
-    assert (len(dataset), dataset.n_images) == (23, 5)
-    assert len(list(dataset.image_blocks(1))) == 5
+# -- batches --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch(tiny, vocab, workers):
-    dataset = load(tiny, vocab, "train")
-    loader = train_loader(dataset, 16, workers, seed=3)
-    seen = []
-    for batch in loader:
+def test_an_epoch_of_batches(load, workers):
+    dataset, seen, random_state = load("train"), [], torch.get_rng_state()
+    for batch in train_loader(dataset, 16, workers, seed=3):
         assert batch.lengths.tolist() == sorted(batch.lengths.tolist(), reverse=True)
-        assert batch.images.dtype == torch.float32
+        assert batch.captions.shape[1] == batch.lengths.max()
         for k, caption in enumerate(batch.caption_index.tolist()):
             image, words, image_index, _ = dataset[caption]
             assert torch.equal(batch.images[k], image) and batch.image_index[k] == image_index
             assert torch.equal(batch.captions[k, : batch.lengths[k]], words)
         seen += batch.caption_index.tolist()
-    assert sorted(seen) == list(range(150))
+    assert sorted(seen) == list(range(150)) != seen
+    assert torch.equal(torch.get_rng_state(), random_state)  # dropout draws from it
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
     batches = ShuffledBatches(torch.ones(100), 32, seed=5)
+    torch.manual_seed(1)
     first = list(batches)
-    assert list(batches) == first
+    torch.manual_seed(2)
+    assert list(batches) == first != list(ShuffledBatches(torch.ones(100), 32, seed=6))
+    batches.set_epoch(0, start=2)
+    assert list(batches) == first[2:]
     batches.set_epoch(1)
     assert list(batches) != first
-    assert list(ShuffledBatches(torch.ones(100), 32, seed=6)) != first
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 34, 64, 65])
@@ -117,119 +128,137 @@ def test_no_batch_of_one(n):
     assert n - sum(sizes) == (n % 32 == 1)
 
 
-def test_hostile_captions_load(tiny, vocab):
-    texts = ["🙂", "dog " * 500, "naïve", "a\tb\r", "x" * 5000] * 10
-    (tiny / "data/tiny/dev_caps.txt").write_bytes("\n".join(texts).encode())
-    dataset = load(tiny, vocab)
-    assert dataset.lengths.max() == 502 and dataset.lengths.min() == 3
-    collate([dataset[i] for i in range(10)])
+# -- reading --------------------------------------------------------------------------------------
 
 
 def test_resident_memory_does_not_grow_with_the_file(tmp_path):
-    """600 MB gone through row by row and block by block leave less than 150 MB behind."""
+    """300 MB gone through block by block leave less than 30 MB behind."""
     path = tmp_path / "big_ims.npy"
-    np.lib.format.open_memmap(path, "w+", np.float16, (4096, 36, 2048)).flush()
+    np.lib.format.open_memmap(path, "w+", np.float16, (2048, 36, 2048)).flush()
     regions = RegionFile(path)
 
     def resident():
         with open("/proc/self/status") as status:
-            return sum(
-                int(line.split()[1]) for line in status if line.startswith(("RssAnon", "RssFile"))
-            )
+            lines = [line.split() for line in status if line.startswith(("RssAnon", "RssFile"))]
+        return sum(int(kilobytes) for _, kilobytes, _ in lines)
 
     before, peak = resident(), 0
     for row in range(0, regions.num_rows, 8):
-        regions[slice(row, row + 8)]
+        regions[row : row + 8]
         peak = max(peak, resident())
-    assert peak - before < 150_000
+    assert peak - before < 30_000
 
 
-def test_a_pickled_region_file_reopens_instead_of_copying(tiny):
-    regions = RegionFile(tiny / "data/tiny/train_ims.npy")
+def test_a_region_file_is_opened_anew_for_each_read(folder):
+    """A copy in a worker process holds no data and no open file, a moved file is missed at once."""
+    regions = RegionFile(folder / "train_ims.npy")
     copied = pickle.dumps(regions)
     assert len(copied) < 2000
     np.testing.assert_array_equal(pickle.loads(copied)[3], regions[3])
+    regions[3][:] = 0  # a read is a copy: the file stays as it is
+    assert regions[3].any()
+    (folder / "train_ims.npy").rename(folder / "moved.npy")
+    with pytest.raises(FileNotFoundError, match="train_ims.npy"):
+        regions[0]
 
 
-def region_file(path, how):
-    rng = np.random.default_rng(0)
-    good = rng.normal(size=(10, 6, 8)).astype(np.float32)
-    if how == "rank 2":
-        np.save(path, good[0])
-    elif how == "integers":
-        np.save(path, good.astype(int))
-    elif how == "double":
-        np.save(path, good.astype(float))
-    elif how == "objects":
-        np.save(path, np.array([{}, "x"], dtype=object), allow_pickle=True)
-    elif how == "no images":
-        np.save(path, good[:0])
-    elif how == "transposed":
-        np.save(path, good.transpose(0, 2, 1))
-    elif how == "fortran":
-        np.save(path, np.asfortranarray(good).T)
-    elif how == "nan":
-        good[4, 2, 1] = np.nan
-        np.save(path, good)
-    elif how == "infinite":
-        good[9, 5, 7] = np.inf
-        np.save(path, good)
-    elif how == "truncated":
-        np.save(path, good)
-        path.write_bytes(path.read_bytes()[:500])
-    elif how == "empty file":
-        path.write_bytes(b"")
-    elif how == "archive":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("a.npy", b"x")
-    elif how == "pickle":
-        path.write_bytes(pickle.dumps({"a": 1}))
-    elif how == "other images":
-        np.save(path, good[:7])
+def npy(array):
+    """The bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    "how",
-    ["rank 2", "integers", "double", "objects", "no images", "transposed", "fortran", "nan",
-     "infinite", "truncated", "empty file", "archive", "pickle", "other images"],
-)  # fmt: skip
-def test_unusable_regions_are_refused_by_name(tiny, vocab, how):
-    region_file(tiny / "data/tiny/dev_ims.npy", how)
+def spoilt(place, value):
+    array = GOOD.copy()
+    array[place] = value
+    return npy(array)
+
+
+GOOD = np.random.default_rng(0).normal(size=(10, 6, 8)).astype(np.float32)
+UNUSABLE = {
+    "rank 2": npy(GOOD[0]),
+    "integers": npy(GOOD.astype(int)),
+    "double": npy(GOOD.astype(float)),
+    "objects": npy(np.array([{}, "x"], dtype=object)),
+    "no images": npy(GOOD[:0]),
+    "transposed": npy(GOOD.transpose(0, 2, 1)),
+    "nan": spoilt((4, 2, 1), np.nan),
+    "infinite": spoilt((9, 5, 7), np.inf),
+    "other images": npy(GOOD[:7]),
+    "truncated": npy(GOOD)[:500],
+    "empty": b"",
+    "archive": b"PK\x03\x04",
+    "pickle": pickle.dumps({"a": 1}),
+}
+
+
+@pytest.mark.parametrize("how", UNUSABLE)
+def test_unusable_regions_are_refused_by_name(folder, load, how):
+    (folder / "dev_ims.npy").write_bytes(UNUSABLE[how])
     with pytest.raises(InputError, match="dev_"):
-        dataset = load(tiny, vocab, img_dim=8, num_regions=6)
-        list(dataset.image_blocks(4))
+        list(load(img_dim=8, num_regions=6).image_blocks(4))
 
 
-def test_missing_files_name_the_folder_and_both_ways_on(tiny, vocab):
-    with pytest.raises(InputError) as error:
-        load(tiny, vocab, "testall")
-    for part in ("data/tiny", "testall_ims.npy", "testall_caps.txt", "dev, test, train",
-                 "Download", "make_scenes.py"):  # fmt: skip
-        assert part in str(error.value)
+@pytest.mark.parametrize("option, asked", [("img_dim", 9), ("num_regions", 36)])
+def test_other_sizes_than_asked_for_are_refused(load, option, asked):
+    with pytest.raises(InputError, match=f"{option} is [68] in the file .* {asked} was asked for"):
+        load(**{option: asked})
 
 
-@pytest.mark.parametrize("change", [-1, 1])
-def test_caption_counts_that_do_not_fit_are_refused(tiny, vocab, change):
-    path = tiny / "data/tiny/dev_caps.txt"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:change] if change < 0 else [*lines, "a dog"]))
-    with pytest.raises(InputError, match=f"{50 + change} captions do not fit the 10 images"):
-        load(tiny, vocab)
+def test_missing_files_name_the_folder_and_the_ways_on(folder):
+    (folder / "dev_ims.npy").unlink()  # captions alone are what the data sets come with
+    ways = {
+        "dev": ["dev_ims.npy", "convert_bottom_up.py", "extract_features.py", "download_data.py"],
+        "testall": ["data/tiny", "testall_ims.npy", "testall_caps.txt", "splits there: test, train",
+                    "README", "--data_path", "make_scenes.py"],
+    }  # fmt: skip
+    for split, parts in ways.items():
+        with pytest.raises(InputError) as error:
+            find_files(folder.parent, "tiny", split)
+        assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_ids_that_do_not_fit_are_refused(tiny, vocab):
-    (tiny / "data/tiny/dev_ids.txt").write_text("a\nb\n")
+@pytest.mark.parametrize("n_captions", [0, 49, 51])
+def test_caption_counts_that_do_not_fit_are_refused(folder, load, n_captions):
+    (folder / "dev_caps.txt").write_text("a dog\n" * n_captions)
+    with pytest.raises(InputError, match=f"{n_captions} captions do not fit the 10 images"):
+        load()
+
+
+def test_ids_that_do_not_fit_are_refused(folder, load):
+    (folder / "dev_ids.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match="2 ids do not fit 10 images"):
-        load(tiny, vocab)
+        load()
 
 
-def test_a_workers_error_is_one_line(tiny, vocab):
-    region_file(tiny / "data/tiny/dev_ims.npy", "nan")
+def test_boxes_are_optional_and_have_to_fit(folder):
+    path = folder / "dev_boxes.npy"
+    assert read_boxes(path, 10, 6) is None
+    np.save(path, np.ones((10, 6, 4), np.float32))
+    assert read_boxes(path, 10, 6).shape == (10, 6, 4)
+    for boxes in (np.ones((10, 5, 4)), np.ones((10, 6, 4), int)):
+        np.save(path, boxes)
+        with pytest.raises(InputError, match="dev_boxes.npy: expected float boxes"):
+            read_boxes(path, 10, 6)
+
+
+def test_captions_of_any_text_load_up_to_a_length(folder, load, vocab):
+    path, longest = folder / "dev_caps.txt", "dog " * MAX_WORDS
+    texts = ["🙂", longest, "naïve", "a\tb\r", "x" * 5000] * 10
+    path.write_bytes("\n".join(texts).encode())
+    dataset = load()
+    assert dataset.lengths.max() == MAX_WORDS + 2 and dataset.lengths.min() == 3
+    texts[6] += "dog"
+    path.write_text("\n".join(texts))
+    with pytest.raises(InputError, match=r"dev_caps\.txt, line 7: .* 513 words; at most 512"):
+        load()
+    with pytest.raises(InputError, match="^a caption of 513 words; at most 512 are taken$"):
+        vocab.encode(texts[6])  # a query
+
+
+def test_a_workers_error_is_one_line(folder, load):
+    (folder / "dev_ims.npy").write_bytes(UNUSABLE["nan"])
     with pytest.raises(InputError) as error:
-        list(train_loader(load(tiny, vocab), 25, workers=1, seed=0))
+        list(train_loader(load(), 25, workers=1, seed=0))
     assert "\n" not in str(error.value) and "row 4" in str(error.value)
-
-
-def test_vocabulary_of_a_missing_data_set(tmp_path):
-    with pytest.raises(InputError, match="train_caps.txt and dev_caps.txt not found"):
-        build_from_data(tmp_path, "nothing")

@@ -4,61 +4,67 @@ import json
 
 import nltk
 import pytest
+from conftest import call, refused, succeeded
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
 import vocab as vocab_module
-from errors import InputError
-from vocab import SPECIAL_TOKENS, Vocabulary, build_vocab, read_captions, tokenize
+from utils import InputError
+from vocab import (
+    SPECIAL_TOKENS,
+    Vocabulary,
+    build_from_data,
+    build_vocab,
+    read_captions,
+    sentence_splitter,
+    tokenize,
+)
 
 HOSTILE = [
     "🙂🙂", "naïve café", "a\tb", "it's 5 o'clock .", "x" * 2000, "dog " * 500, "<unk> <end>"
 ]  # fmt: skip
 
 
+@pytest.fixture
+def splitter():
+    """Chosen anew in the test, and again after it."""
+    sentence_splitter.cache_clear()
+    yield
+    sentence_splitter.cache_clear()
+
+
 def test_words_are_lower_case_and_punctuation_stands_apart():
     words = tokenize("A man's dog, brown & small, can't swim.")
     assert words == "a man 's dog , brown & small , ca n't swim .".split()
-
-
-def test_bytes_are_refused():
     with pytest.raises(TypeError, match="decode"):
         tokenize(b"a dog")
 
 
-def punkt_that_knows(*abbreviations):
-    parameters = PunktParameters()
-    parameters.abbrev_types.update(abbreviations)
-    return PunktSentenceTokenizer(parameters).tokenize
-
-
 def test_where_the_untrained_splitter_differs():
     """It ends a sentence after an abbreviation, so that the full stop becomes a word."""
-    untrained = PunktSentenceTokenizer().tokenize
-    trained = punkt_that_knows("mr")
+    untrained, parameters = PunktSentenceTokenizer().tokenize, PunktParameters()
+    parameters.abbrev_types.add("mr")
+    trained = PunktSentenceTokenizer(parameters).tokenize
     assert tokenize("Mr. Smith walks.", trained) == ["mr.", "smith", "walks", "."]
     assert tokenize("Mr. Smith walks.", untrained) == ["mr", ".", "smith", "walks", "."]
     plain = "Two dogs run . One barks at 3.5 m !"
     assert tokenize(plain, trained) == tokenize(plain, untrained)
 
 
-def test_missing_punkt_data_warns_once(monkeypatch):
+def test_missing_punkt_data_is_noted_once_in_a_line(monkeypatch, splitter, capsys):
     def nothing(*_, **__):
         raise LookupError
 
     monkeypatch.setattr(nltk.data, "find", nothing)
-    vocab_module.sentence_splitter.cache_clear()
-    with pytest.warns(UserWarning, match="nltk.downloader punkt_tab") as caught:
-        tokenize("a dog.")
-        tokenize("a cat.")
-    assert len(caught) == 1
-    vocab_module.sentence_splitter.cache_clear()
+    tokenize("a dog.")
+    tokenize("a cat.")
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert err.startswith("note: ") and "nltk.downloader punkt_tab" in err
 
 
-def test_trained_punkt_is_used_where_installed(monkeypatch):
+def test_trained_punkt_is_used_where_installed(monkeypatch, splitter):
     monkeypatch.setattr(nltk.data, "find", lambda *_: "found")
-    vocab_module.sentence_splitter.cache_clear()
-    assert vocab_module.sentence_splitter() is nltk.sent_tokenize
-    vocab_module.sentence_splitter.cache_clear()
+    assert sentence_splitter() is nltk.sent_tokenize
 
 
 def test_threshold_and_order():
@@ -71,64 +77,47 @@ def test_unknown_words_and_ends():
     vocab = build_vocab(["a dog"] * 4)
     assert vocab.encode("a zebra dog") == [1, 4, 3, 5, 2]
     assert vocab.encode("") == [1, 2]
-
-
-@pytest.mark.parametrize("caption", HOSTILE)
-def test_hostile_captions_are_encoded(caption):
-    numbers = build_vocab(["a dog"] * 4).encode(caption)
-    assert numbers[0] == 1 and numbers[-1] == 2
-    assert 1 not in numbers[1:-1] and 2 not in numbers[1:-1]  # no caption can forge its ends
+    for caption in HOSTILE:
+        numbers = vocab.encode(caption)
+        assert numbers[0] == 1 and numbers[-1] == 2
+        assert not {1, 2} & {*numbers[1:-1]}  # no caption can forge its ends
 
 
 def test_json_round_trip(tmp_path):
-    vocab = build_vocab(HOSTILE * 4)
-    vocab.save(tmp_path / "v" / "x_vocab.json")
-    again = Vocabulary.load(tmp_path / "v" / "x_vocab.json")
+    vocab, path = build_vocab(HOSTILE * 4), tmp_path / "v" / "x_vocab.json"
+    vocab.save(path)
+    again = Vocabulary.load(path)
     assert again.word2idx == vocab.word2idx and again.idx2word == vocab.idx2word
     assert again.fingerprint() == vocab.fingerprint()
-    assert set(map(type, again.idx2word)) == {int}
-    content = json.loads((tmp_path / "v" / "x_vocab.json").read_text(encoding="utf-8"))
+    assert again.fingerprint() != Vocabulary([*SPECIAL_TOKENS, "dog"]).fingerprint()
+    content = json.loads(path.read_text(encoding="utf-8"))
     assert set(content) == {"word2idx", "idx2word", "idx"} and content["idx"] == len(vocab)
     assert content["idx2word"]["0"] == "<pad>"
 
 
-def spoil(content, how):
-    word2idx = content["word2idx"]
-    if how == "no special token":
-        del word2idx["<unk>"]
-    elif how == "hole":
-        word2idx["dog"] = 99
-    elif how == "twice":
-        word2idx["dog"] = word2idx["a"]
-    elif how == "text":
-        word2idx["dog"] = "5"
-    elif how == "bool":
-        word2idx["<start>"] = True
-    elif how == "disagree":
-        content["idx2word"]["4"] = "zebra"
-    else:
-        content.clear()
-    return content
-
-
-@pytest.mark.parametrize(
-    "how", ["no special token", "hole", "twice", "text", "bool", "disagree", "empty"]
-)
-def test_broken_vocabularies_are_refused(tmp_path, how):
-    path = tmp_path / "v.json"
-    build_vocab(["a dog"] * 4).save(path)
-    path.write_text(json.dumps(spoil(json.loads(path.read_text()), how)))
-    with pytest.raises(InputError, match="v.json"):
+@pytest.mark.parametrize("change, words", [
+    ({"dog": 99}, "numbers 0 … n−1"), ({"dog": 4}, "numbers 0"), ({"dog": "5"}, "numbers 0"),
+    ({"<start>": True}, "numbers 0"), ({"<pad>": 5, "dog": 0}, "<pad> should be number 0"),
+    ({"\ud83d": 6}, "not text"),
+])  # fmt: skip
+def test_numbers_and_words_that_cannot_be_are_refused(tmp_path, change, words):
+    path, vocab = tmp_path / "v.json", build_vocab(["a dog"] * 4)
+    path.write_text(json.dumps({"word2idx": vocab.word2idx | change}))
+    with pytest.raises(InputError, match=f"v.json: .*{words}"):
+        Vocabulary.load(path)
+    path.write_text(json.dumps({"word2idx": vocab.word2idx, "idx2word": {"0": "<pad>"}}))
+    with pytest.raises(InputError, match="v.json: idx2word and word2idx disagree"):
         Vocabulary.load(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"word2idx": {"<pad>": 0}}', None,
+])  # fmt: skip
 def test_files_that_are_no_vocabulary_are_refused(tmp_path, content):
-    (tmp_path / "v.json").write_bytes(content)
+    if content is not None:
+        (tmp_path / "v.json").write_bytes(content)
     with pytest.raises(InputError, match="v.json"):
         Vocabulary.load(tmp_path / "v.json")
-    with pytest.raises(InputError, match="none.json"):
-        Vocabulary.load(tmp_path / "none.json")
 
 
 def test_reading_captions(tmp_path):
@@ -140,3 +129,25 @@ def test_reading_captions(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(InputError, match=line):
             read_captions(path)
+
+
+def test_the_command_replaces_a_vocabulary_only_with_overwrite(tiny):
+    path, command = tiny / "vocab/tiny_vocab.json", (tiny, vocab_module.main, "--data_name", "tiny")
+    before = path.read_bytes()
+    refused(call(*command, "--threshold", 9), "tiny_vocab.json: is there already", "--overwrite")
+    assert path.read_bytes() == before
+    assert "words written to" in succeeded(call(*command, "--threshold", 9, "--overwrite"))
+    assert Vocabulary.load(path).word2idx == build_from_data(tiny / "data", "tiny", 9).word2idx
+    path.unlink()
+    succeeded(call(*command))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x", "x/"])
+def test_data_names_that_are_paths_are_refused(tiny, name):
+    refused(call(tiny, vocab_module.main, "--data_name", name), f"--data_name {name}: expected")
+
+
+def test_the_vocabulary_of_a_missing_data_set_is_refused(tiny):
+    result = call(tiny, vocab_module.main, "--data_name", "x")
+    refused(result, "data/x: train_caps.txt and dev_caps.txt not found")
