@@ -13,13 +13,11 @@ The official code (Python 2) stores `model` as three state dicts [image, text, s
 from __future__ import annotations
 
 import argparse
-import random
 import re
 import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -204,6 +202,9 @@ def check_options(opt: dict, path: str | Path) -> None:
     for name, kind in (MODEL_OPTIONS | DATA_OPTIONS).items():
         if name in opt and not is_of_type(opt[name], kind):
             raise InputError(f"{path}: its option {name} is {opt[name]!r}, no {kind.__name__}")
+        least = 0 if name in ("graph_layers", "text_layers", "val_captions") else 1
+        if kind is int and opt.get(name, least) < least:
+            raise InputError(f"{path}: its option {name} is {opt[name]}, less than {least}")
     if opt["similarity"] not in SIMILARITIES or opt["padding"] not in ("masked", "official"):
         raise InputError(f"{path}: unknown similarity {opt['similarity']} or {opt['padding']}")
 
@@ -216,15 +217,12 @@ def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
     """
     opt, weights = checkpoint["opt"], checkpoint["model"]
     check_options(opt, path)
-    if max(opt[f"{part}_layers"] for part in ("graph", "text", "num")) > len(weights):
-        raise InputError(f"{path}: its options name more layers than it has weights")
     try:
-        with torch.device("meta"):  # no memory is taken before all shapes have been compared
-            expected = build_model(**{name: opt[name] for name in MODEL_OPTIONS}).state_dict()
-        _compare(weights, expected)
+        _check_sizes(opt, weights)
         model = build_model(**{name: opt[name] for name in MODEL_OPTIONS})
+        _compare(weights, model.state_dict())
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: weights do not fit its options: {reason}") from error
     return model.eval()
@@ -233,6 +231,21 @@ def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
 def is_of_type(value: object, kind: type) -> bool:
     """Whether an option has its type; an integer is a float too, but a bool is no integer."""
     return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _check_sizes(opt: dict, weights: dict[str, Tensor]) -> None:
+    """Raise ValueError if a model of such options would take more memory than these weights."""
+    if max(opt[f"{part}_layers"] for part in ("graph", "text", "num")) > len(weights):
+        raise ValueError("more layers than weights")
+    sizes = {
+        "image_encoder.fc.weight": (opt["embed_size"], opt["img_dim"]),
+        "text_encoder.embed.weight": (opt["vocab_size"], opt["word_dim"]),
+    }
+    for name, size in sizes.items():
+        if weights[name].shape != size:
+            raise ValueError(f"{name} is {tuple(weights[name].shape)}, not {size}")
+    if max(opt["sim_dim"], opt["num_regions"]) > sum(x.numel() for x in weights.values()):
+        raise ValueError(f"too small for sim_dim {opt['sim_dim']}, {opt['num_regions']} regions")
 
 
 def _compare(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -304,23 +317,13 @@ def load_latest(folder: Path) -> tuple[Path, dict]:
 
 
 def random_states() -> dict:
-    """Of Python, NumPy, torch and CUDA, as tensors and numbers."""
-    _, python, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": (list(python), gauss),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    """Of PyTorch, on the CPU and on CUDA; nothing else in a training draws random numbers."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: dict) -> None:
     """What random_states returned; CUDA's only where there are as many devices."""
-    python, gauss = states["python"]
-    random.setstate((3, tuple(python), gauss))
-    keys, *others = states["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *others))
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

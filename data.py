@@ -292,11 +292,8 @@ def collate(examples: list[tuple[Tensor, Tensor, int, int]]) -> Batch:
     """Examples of a PrecompDataset -> Batch."""
     examples = sorted(examples, key=lambda example: len(example[1]), reverse=True)
     images, words, image_index, caption_index = zip(*examples, strict=True)
-    captions, lengths = pad(list(words))
-    return Batch(
-        torch.stack(images), captions, lengths,
-        torch.tensor(image_index), torch.tensor(caption_index),
-    )  # fmt: skip
+    indices = torch.tensor(image_index), torch.tensor(caption_index)
+    return Batch(torch.stack(images), *pad(list(words)), *indices)
 
 
 class ShuffledBatches:

@@ -20,6 +20,7 @@ import contextlib
 import datetime
 import functools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -59,6 +60,10 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         yield device
     except SystemExit:
         _leave()
+        raise
+    except (InputError, OSError) as error:
+        if rank() > 0 and not isinstance(error.__cause__, RuntimeError):
+            time.sleep(2)  # rank 0 has the same to say, and torchrun ends this one meanwhile
         raise
     _leave()
 

@@ -42,6 +42,7 @@ from vocab import Vocabulary, vocab_file
 
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
 ENCODE_BATCH = 100  # the official code's; with its padding a caption's embedding depends on it
+ATTENTION_NUMEL = 2**21  # numbers of a batch's self-attention; only captions over 145 words exceed it
 SCORE_CHUNK = {"cpu": (16, 512), "cuda": (128, 1024)}  # images, words that are scored at once
 N_FOLDS = 5
 COLLAPSED = 1e-6  # scores this close together are one score
@@ -73,18 +74,20 @@ def encode_captions(model: LHSC, dataset: Captions, device: torch.device) -> Enc
     in_file_order = model.text_encoder.padding == "official"
     order = torch.arange(len(lengths)) if in_file_order else lengths.argsort(stable=True)
     start = (lengths.cumsum(0) - lengths).to(device)  # of each caption's words
-    size = model.image_encoder.fc.out_features
-    word_emb = torch.zeros(int(lengths.sum()), size, device=device)
-    caption_global = torch.zeros(len(lengths), size, device=device)
+    D = model.image_encoder.fc.out_features
+    word_emb = torch.zeros(int(lengths.sum()), D, device=device)
+    caption_global = torch.zeros(len(lengths), D, device=device)
     local = rank_slice(-(-len(order) // ENCODE_BATCH))
     order = order[local.start * ENCODE_BATCH : local.stop * ENCODE_BATCH]
     blocks = dataset.caption_blocks(order, ENCODE_BATCH) if len(order) else ()
     for captions, n, block in progress(blocks, local.stop - local.start, "encoding captions"):
         captions, n, block = captions.to(device), n.to(device), block.to(device)
-        words, index = model.text_encoder(captions, n), caption_index_of(n)
-        within = torch.arange(len(words), device=device) - (n.cumsum(0) - n)[index]
-        word_emb[start[block][index] + within] = words
-        caption_global[block] = model.similarity.caption_global(words, n)
+        size = max(1, ATTENTION_NUMEL // captions.shape[1] ** 2)  # self-attention is (C, L, L)
+        for part in torch.arange(len(n)).split(len(n) if in_file_order else size):
+            words, index = model.text_encoder(captions[part], n[part]), caption_index_of(n[part])
+            within = torch.arange(len(words), device=device) - (n[part].cumsum(0) - n[part])[index]
+            word_emb[start[block[part]][index] + within] = words
+            caption_global[block[part]] = model.similarity.caption_global(words, n[part])
     word_emb, caption_global = map(distributed.all_reduce_sum, (word_emb, caption_global))
     return EncodedCaptions(word_emb, caption_global, lengths.to(device))
 

@@ -236,7 +236,8 @@ def holds_run(folder: Path) -> bool:
         raise InputError(f"{folder}: this command runs in there; name a folder of the run's own")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; name a folder for the run")
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = folder.iterdir() if folder.is_dir() else ()
+    names = [path.name for path in found if not path.name.startswith(".")]
     runs = ("metrics.jsonl", "checkpoint_", "model_best", "events.out.tfevents")
     if names and not any(name.startswith(runs) for name in names):
         raise InputError(f"{folder}: holds {min(names)}, and no run; name a new or an empty folder")
@@ -317,7 +318,8 @@ class RunLog:
                 "data_time": self.data_time / steps}  # fmt: skip
         place = {"epoch": state.epoch, "step": state.step}
         self._write({"type": "train"} | place | line)
-        self._scalars({"Loss": loss, "Eit": state.step, "lr": lr} | line, state.step)
+        tags = {"loss": "Loss", "step": "Eit"}
+        self._scalars({tags.get(k, k): v for k, v in (place | line).items()}, state.step)
         print(
             f"epoch {state.epoch} [{state.batch}/{n_batches}]  loss {loss:.3f}  lr {lr:.1e}  "
             f"{batch_time:.3f} s/step, {line['data_time']:.3f} of them data",
@@ -420,22 +422,3 @@ def batches(loader: DataLoader, log: RunLog) -> Iterator[Batch]:
             ) from error
         log.data_time += time.perf_counter() - start
         yield batch
-
-
-def not_finite(
-    batch: Batch, folder: Path, state: RunState, lr: float, error: ArithmeticError
-) -> InputError:
-    """Write down what is needed to replay a step whose loss or gradient is not finite."""
-    path = folder / "not_finite.json"
-    place = {"error": str(error), "epoch": state.epoch, "step": state.step + 1, "lr": lr}
-    for name in ("image_index", "caption_index"):
-        parts = distributed.all_gather_object(getattr(batch, name).tolist())
-        place[name] = [index for part in parts for index in part]
-    if is_main_process():
-        text = json.dumps(place, indent=1) + "\n"
-        atomic_write(path, lambda file: file.write(text.encode()))
-    return InputError(
-        f"step {state.step + 1} (epoch {state.epoch}, learning rate {lr:.1e}): {error}; its images "
-        f"and captions are named in {path}, the weights were left alone. Try a smaller "
-        "--learning_rate"
-    )

@@ -19,11 +19,9 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import random
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import distributed
@@ -38,7 +36,6 @@ from run import (
     StopSignal,
     batches,
     earlier_runs,
-    not_finite,
     open_run,
     restore,
     resume_options,
@@ -80,9 +77,9 @@ def options() -> argparse.ArgumentParser:
     add("--word_dim", default=300, type=at_least(1), help="word embedding")
     add("--embed_size", default=1024, type=at_least(1), help="joint size D")
     add("--sim_dim", default=256, type=at_least(1), help="similarity size S")
-    add("--num_layers", default=1, type=at_least(1), help="GRU layers")
-    add("--graph_layers", default=4, type=at_least(0), help="region graph layers")
-    add("--text_layers", default=4, type=at_least(0), help="word self-attention layers")
+    add("--num_layers", default=1, type=at_least(1, 1000), help="GRU layers")
+    add("--graph_layers", default=4, type=at_least(0, 1000), help="region graph layers")
+    add("--text_layers", default=4, type=at_least(0, 1000), help="word self-attention layers")
     add("--similarity", default="lhsc", choices=[*SIMILARITIES], help="the others: baselines.py")
     add("--bi_gru", default=True, action=switch, help="GRU in both directions")
     add("--no_imgnorm", default=False, action=switch, help="regions are not l2-normalised")
@@ -159,7 +156,7 @@ def train_step(
     dtype: of the large matrix products, None for the weights'.
 
     Raises:
-        ArithmeticError: if loss or gradient is not finite, before the weights are touched.
+        InputError: if loss or gradient is not finite, before the weights are touched.
     """
     sims = all_gather_replicated(model(batch.images, batch.captions, batch.lengths, dtype))
     loss = triplet_loss(sims, margin, max_violation)
@@ -168,7 +165,10 @@ def train_step(
     distributed.sum_gradients(model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
     if not torch.isfinite(loss + norm):
-        raise ArithmeticError(f"loss {loss.item()}, gradient norm {norm.item()}")
+        raise InputError(
+            f"loss {loss.item()}, gradient norm {norm.item()}: this step was not taken. Continue "
+            "from the last checkpoint with --resume, or start again with a smaller --learning_rate"
+        )
     optimizer.step()
     return loss.item()
 
@@ -220,12 +220,9 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
             for batch in batches(loader, log):
                 model.train()
                 batch = batch.to(device)
-                try:
-                    loss = train_step(
-                        model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype
-                    )
-                except ArithmeticError as error:
-                    raise not_finite(batch, folder, state, lr, error) from None
+                loss = train_step(
+                    model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype
+                )
                 state.step += 1
                 state.batch += 1
                 state.loss_sum += loss
@@ -298,8 +295,6 @@ def build(
     if opt.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    random.seed(opt.seed)
-    np.random.seed(opt.seed)
     torch.manual_seed(opt.seed)
     try:
         model = build_model(**{name: getattr(opt, name) for name in MODEL_OPTIONS}).to(device)

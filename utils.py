@@ -71,8 +71,6 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _exit_with(message: str) -> None:
-    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
-        time.sleep(2)  # rank 0 mostly says the same, and torchrun ends this rank meanwhile
     for stream, text in ((sys.stderr, f"error: {' '.join(message.split())}\n"), (sys.stdout, "")):
         try:
             stream.write(text)

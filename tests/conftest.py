@@ -1,7 +1,16 @@
-"""Shared by all tests: the repo's root on the path, repeatable numbers, the goldens."""
+"""Shared by all tests: the path, repeatable numbers, small data, commands, a browser."""
 
+import contextlib
+import io
+import itertools
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started here: the same rounding
+os.environ["PYTHONWARNINGS"] = "ignore"
 
 import numpy as np
 import pytest
@@ -13,11 +22,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What tests wish to say at the end (record_property "told")."""
+    """What tests want to say at the end (record_property "told"), and which browser was missing."""
     for report in terminalreporter.getreports("passed"):
         for name, line in report.user_properties:
             if name == "told":
                 terminalreporter.write_line(line)
+    skipped = terminalreporter.getreports("skipped")
+    if n := sum("no Chromium" in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(f"{n} browser tests skipped: no Chromium")
 
 
 @pytest.fixture(autouse=True)
@@ -28,10 +40,27 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def golden():
-    """Numbers from the released code on a small random model, by name."""
+    """Numbers from the official code on a small random model, by name."""
     with np.load(GOLDENS / "released_a.npz", allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser without a window (Playwright's); skips where there is none."""
+    executable = shutil.which("chromium")
+    if executable is None:
+        pytest.skip("no Chromium")
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=arguments)
+        yield browser
+        browser.close()
+
+
+# -- data -----------------------------------------------------------------------------------------
 
 COLOURS = ("red", "green", "blue", "black", "white")
 THINGS = ("dog", "cat", "car", "tree", "boat")
@@ -61,12 +90,82 @@ def write_split(folder, split, n_images, num_regions=6, img_dim=8, dtype=np.floa
     return captions
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """A folder with a data set `tiny` of three splits and its vocabulary, as a user's would be."""
-    for split, n_images in (("train", 30), ("dev", 10), ("test", 10)):
-        write_split(tmp_path / "data" / "tiny", split, n_images)
+def write_tiny(folder):
+    """A data set `tiny` of three splits and its vocabulary, as a user's would be."""
     from vocab import build_from_data, vocab_file
 
-    build_from_data(tmp_path / "data", "tiny").save(vocab_file(tmp_path / "vocab", "tiny"))
-    return tmp_path
+    for split, n_images in (("train", 30), ("dev", 10), ("test", 10)):
+        write_split(folder / "data" / "tiny", split, n_images)
+    build_from_data(folder / "data", "tiny").save(vocab_file(folder / "vocab", "tiny"))
+    return folder
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_tiny(tmp_path)
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+SMALL = [
+    "--data_name", "tiny", "--embed_size", "16", "--sim_dim", "8", "--word_dim", "10",
+    "--batch_size", "16", "--num_epochs", "2", "--workers", "0", "--learning_rate", "0.002",
+    "--device", "cpu", "--matmul", "default",
+]  # fmt: skip
+RUN = Path("runs/LHSC/checkpoint")  # where train.py writes by default
+
+
+def call(folder, main, *arguments):
+    """Run a script's main() in `folder` as from a shell, but in this process, which is faster."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before, sys.argv, here = sys.argv, ["program", *map(str, arguments)], os.getcwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        os.chdir(here)
+        sys.argv = before
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def at_step(patch, number, act):
+    """Let a training in this process do something at its number-th step."""
+    import train
+
+    counter, step = itertools.count(1), train.train_step
+
+    def train_step(*args):
+        if next(counter) == number:
+            act()
+        return step(*args)
+
+    patch.setattr(train, "train_step", train_step)
+
+
+def succeeded(result):
+    """Its output, if it ended well."""
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refused(result, *words):
+    """Exit status 2, and one line on stderr that says all of `words`; argparse adds its usage."""
+    assert result.returncode == 2, result.stderr
+    lines = [x for x in result.stderr.splitlines() if not x.startswith(("usage:", " ", "note: "))]
+    assert len(lines) == 1 and "error: " in lines[0], result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which train.py has run with its default paths, and what it printed."""
+    import train
+
+    folder = write_tiny(tmp_path_factory.mktemp("trained"))
+    (folder / "vocab/tiny_vocab.json").unlink()
+    result = call(folder, train.main, *SMALL, "--log_step", 3, "--val_step", 7)
+    return folder, succeeded(result)

@@ -1,28 +1,37 @@
-"""Run by test_distributed.py, alone or under torchrun: some training steps on the same data.
+"""What several processes do together; run by test_distributed.py alone and under torchrun.
 
-python steps.py OUT.pt float64
+    python steps.py OUT [VICTIM]
+
+in the folder of a trained model: OUT gets steps.pt, some training steps of each model in each
+precision, and the metrics and scores of some evaluations. At the end rank VICTIM kills itself
+while the others wait for it.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
 import distributed
+import evaluation
+from baselines import SIMILARITIES, build_model
 from data import Batch
-from model import LHSC
 from train import train_step
+from utils import one_line
 
 SIZES = (8, 7, 5)  # of the batches; 7 and 5 do not divide by 2 or 3
-VARIANTS = {
-    "lhsc": {},
-    "attended": {"global_image": "attended"},
-    "local": {"alignment": "local"},
-    "scan": {"similarity": "scan"},
-    "vse": {"similarity": "vse"},
-}
+EVALUATIONS = {
+    "test": [],
+    "fold5": ["--fold5"],
+    "dev": ["--split", "dev"],
+    # With the official padding an embedding depends on its batch of 100: shares keep those.
+    "official": ["--model_path", str(TESTS / "goldens/legacy_py2_a.pth.tar"), "--data_path", "data",
+                 "--vocab_path", "vocab"],
+}  # fmt: skip
 
 
 def batch(size: int, dtype: torch.dtype) -> Batch:
@@ -33,28 +42,16 @@ def batch(size: int, dtype: torch.dtype) -> Batch:
     for row, length in enumerate(lengths):
         captions[row, :length] = torch.randint(4, 30, (int(length),), generator=generator)
     images = torch.randn(size, 6, 10, generator=generator).to(dtype)
-    # The second batch has images that stand in it twice.
-    image_index = torch.arange(size) // (2 if size == 7 else 1)
-    return Batch(images, captions, lengths, image_index, torch.arange(size))
+    return Batch(images, captions, lengths, torch.arange(size), torch.arange(size))
 
 
-def main(out: str, dtype: torch.dtype) -> None:
-    distributed.start(torch.device("cpu"))
-    results = {name: steps(dtype, **variant) for name, variant in VARIANTS.items()}
-    if dtype == torch.float32:
-        results["bf16"] = steps(dtype, mixed=True)
-    if distributed.is_first():
-        torch.save(results, out)
-
-
-def steps(dtype: torch.dtype, mixed: bool = False, **variant: str) -> dict:
+def steps(similarity: str, dtype: torch.dtype, mixed: torch.dtype | None = None) -> dict:
+    """Losses and gradients of three steps, all negatives first, then the hardest; the weights."""
     torch.manual_seed(0)
-    model = LHSC(
-        30, 10, 6, embed_size=12, word_dim=8, sim_dim=6, graph_layers=2, text_layers=2,
-        embed_dropout=0, pool_dropout=0, **variant,
-    ).to(dtype)  # fmt: skip
-    if mixed:
-        model.mixed_precision()
+    model = build_model(
+        similarity, vocab_size=30, img_dim=10, num_regions=6, embed_size=12, word_dim=8, sim_dim=6,
+        graph_layers=2, text_layers=2, embed_dropout=0, pool_dropout=0,
+    ).to(dtype).train()  # fmt: skip
     with torch.no_grad():  # the graph layers start as the identity: make them count
         for layer in model.image_encoder.graph.layers:
             layer.bn.weight.uniform_(0.5, 1)
@@ -62,20 +59,32 @@ def steps(dtype: torch.dtype, mixed: bool = False, **variant: str) -> dict:
     # into whole steps.
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, eps=1e-3)
     result = {"loss": [], "grad": []}
-    model.train()
     for k, size in enumerate(SIZES):
-        whole = batch(size, dtype)
-        mine = distributed.share(size)
-        part = Batch(*(x[mine] for x in whole))
-        longest = int(part.lengths.max())
-        part = part._replace(captions=part.captions[:, :longest])
-        same_image = "ignored" if k == 1 else "negative"
-        loss = train_step(model, optimizer, part, max_violation=k > 0, same_image=same_image)
+        part = Batch(*(x[distributed.rank_slice(size)] for x in batch(size, dtype)))
+        part = part._replace(captions=part.captions[:, : int(part.lengths.max())])
+        loss = train_step(model, optimizer, part, max_violation=k > 0, dtype=mixed)
         result["loss"].append(loss)
         result["grad"].append({n: p.grad.clone() for n, p in model.named_parameters()})
     return result | {"state": model.state_dict()}
 
 
+@one_line
+def main() -> None:
+    out, *victim = sys.argv[1:]
+    with distributed.process_group(torch.device("cpu")) as device:
+        results = {"bf16": {"lhsc": steps("lhsc", torch.float32, torch.bfloat16)}}
+        for dtype in (torch.float64, torch.float32):
+            results[str(dtype)] = {name: steps(name, dtype) for name in SIMILARITIES}
+        if distributed.is_main_process():
+            torch.save(results, f"{out}/steps.pt")
+        for name, options in EVALUATIONS.items():
+            files = ["--save_sims", f"{out}/{name}.npy", "--save_metrics", f"{out}/{name}.json"]
+            evaluation.run(evaluation.options().parse_args([*options, *files]), device)
+        if victim == [str(distributed.rank())]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if victim:
+            distributed.broadcast_object(None)
+
+
 if __name__ == "__main__":
-    with distributed.together():
-        main(sys.argv[1], getattr(torch, sys.argv[2]))
+    main()

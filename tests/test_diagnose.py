@@ -67,33 +67,23 @@ def test_it_counts_what_is_right(made, split):
 def test_equal_scores_are_wrong_answers(made):
     blind = LHSC(len(made[1]), **SIZES).eval()
     torch.nn.init.zeros_(blind.similarity.score_fc.weight)
-    found = answers(made, "dev", blind)
-    assert {found[kind]["accuracy"] for kind in KINDS} == {0}
+    assert {found["accuracy"] for found in answers(made, "dev", blind).values()} == {0}
 
 
-def write_questions(folder, twins, captions):
-    scenes = [json.dumps({"twin": twin}) for twin in twins]
-    foils = [json.dumps({"caption": k, "kind": "size", "text": "a"}) for k in captions]
-    (folder / "dev_scenes.jsonl").write_text("\n".join(scenes))
-    (folder / "dev_foils.jsonl").write_text("\n".join(foils))
+def write_questions(folder, twins, caption):
+    scenes = "".join(json.dumps({"twin": twin}) + "\n" for twin in twins)
+    (folder / "dev_scenes.jsonl").write_text(scenes)
+    foil = {"caption": caption, "kind": "size", "text": "a"}
+    (folder / "dev_foils.jsonl").write_text(json.dumps(foil))
 
 
 def test_kinds_without_questions_are_left_out(made, tmp_path):
-    write_questions(tmp_path, [None] * 3, [1])
-    found = answers(made, "dev", questions=tmp_path)
-    assert list(found) == ["size"] and found["size"]["questions"] == 1
+    write_questions(tmp_path, [None] * 3, 1)
+    assert list(answers(made, "dev", questions=tmp_path)) == ["size"]
 
 
-@pytest.mark.parametrize("twins, captions", [([None] * 4, [1]), ([3] * 3, [1]), ([0] * 3, [15])])
-def test_questions_of_another_data_set_are_refused(made, tmp_path, twins, captions):
-    write_questions(tmp_path, twins, captions)
+@pytest.mark.parametrize("twins, caption", [([None] * 4, 1), ([3] * 3, 1), ([0] * 3, 15)])
+def test_questions_of_another_data_set_are_refused(made, tmp_path, twins, caption):
+    write_questions(tmp_path, twins, caption)
     with pytest.raises(InputError, match="not those of its dev"):
-        answers(made, "dev", questions=tmp_path)
-
-
-def test_missing_and_damaged_questions_are_named(made, tmp_path):
-    with pytest.raises(InputError, match=r"dev_scenes\.jsonl: .*make_scenes"):
-        answers(made, "dev", questions=tmp_path)
-    (tmp_path / "dev_scenes.jsonl").write_text("[1\n")
-    with pytest.raises(InputError, match=r"dev_scenes\.jsonl: .*JSON"):
         answers(made, "dev", questions=tmp_path)

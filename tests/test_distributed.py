@@ -1,82 +1,94 @@
-"""Several processes are one: the same loss, gradients, buffers, parameters, ranks; and they end
-together."""
+"""Several processes are one: the same losses, gradients, weights, scores; and they end together."""
 
-import contextlib
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import steps
 import torch
-from conftest import GOLDENS, ROOT, write_split
-from test_commands import SMALL
+from conftest import (
+    GOLDENS,
+    ROOT,
+    RUN,
+    SMALL,
+    at_step,
+    call,
+    refused,
+    succeeded,
+    write_split,
+    write_tiny,
+)
 
 import distributed
-from checkpoint import load_newest, load_whole
+import run
+import train
+from checkpoint import load_checkpoint, load_latest
 from data import ShuffledBatches
-from train import Stop
 from vocab import Vocabulary
 
 pytestmark = pytest.mark.slow
-SAME = ["--embed_dropout", "0", "--pool_dropout", "0", "--warmup_epochs", "1"]
 
 
-def torchrun(n, *arguments):
-    """The command that starts n processes of a script."""
-    return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
-            "--nproc_per_node", str(n), *map(str, arguments)]  # fmt: skip
-
-
-def run_all(n, folder, *arguments, timeout=280):
-    command = torchrun(n, *arguments) if n > 1 else [sys.executable, *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+def torchrun(folder, n, script, *arguments):
+    """Start n processes of a script."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    return subprocess.Popen(
+        [*command, str(n), str(ROOT / script), *map(str, arguments)], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
-# -- steps ----------------------------------------------------------------------------------------
+# -- steps and evaluations ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    for dtype in ("float64", "float32"):
-        run_all(1, folder, ROOT / "tests/steps.py", f"{dtype}.pt", dtype)
+def alone(trained, tmp_path_factory):
+    """A folder with a trained model, data for it and for an official one, and what one makes."""
+    folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("alone") / "copy")
+    write_split(folder / "data" / "f30k_precomp", "test", 45, num_regions=36, img_dim=48)
+    vocab_size = load_checkpoint(GOLDENS / "legacy_py2_a.pth.tar")["opt"]["vocab_size"]
+    words = ["<pad>", "<start>", "<end>", "<unk>", "red", "dog", "green", "there", "look"]
+    words += (f"w{k}" for k in range(vocab_size - len(words)))
+    Vocabulary(words).save(folder / "vocab" / "f30k_precomp_vocab.json")
+    (folder / "by1").mkdir()
+    assert succeeded(call(folder, steps.main, "by1")).count("rsum") == 4
     return folder
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-10), ("float32", 1e-5)])
 @pytest.mark.parametrize("n", [2, 3])
-def test_steps_are_those_of_one_process(alone, tmp_path, n, dtype, tolerance):
-    """Batches of 8, 7 and 5 over 2 and 3 processes, all negatives first, then the hardest.
+def test_steps_and_evaluations_are_those_of_one_process(alone, n):
+    """Batches of 8, 7 and 5; every similarity. Metrics are the same to the last digit.
 
-    In the second, captions of one image are no negatives of each other. Of the model and variants.
+    Two end well. Of three the first dies at the end, and the others say so in one line.
     """
-    run_all(n, tmp_path, ROOT / "tests/steps.py", "out.pt", dtype)
-    alone, together = (torch.load(f, weights_only=True) for f in (alone / f"{dtype}.pt",
-                                                                  tmp_path / "out.pt"))  # fmt: skip
-    if "bf16" in together:  # in float32 only
-        assert_close_steps(alone.pop("bf16"), together.pop("bf16"))
-    for variant in together:
+    (alone / f"by{n}").mkdir()
+    process = torchrun(alone, n, "tests/steps.py", f"by{n}", *(["0"] if n == 3 else []))
+    output, errors = process.communicate(timeout=280)
+    told = re.findall("^error: .*", errors, re.M)
+    assert (process.returncode == 0) == (n == 2) == (not told), errors
+    assert all("another process is gone" in line for line in told)
+    assert errors.count("Traceback") == (n == 3)  # torchrun's own report
+    assert output.count("rsum") == 4
+    one, many = (torch.load(alone / f"by{k}/steps.pt", weights_only=True) for k in (1, n))
+    for name in one["torch.float64"]:
         # In float32 other orders of summing show a little more in the cosines.
-        times = 1 if variant == "lhsc" or dtype == "float64" else 10
-        assert_same_steps(alone[variant], together[variant], times * tolerance)
-
-
-def assert_close_steps(one, many):
-    """Of mixed precision: what is rounded to eight bits differs, and then the hardest negatives."""
-    assert many["loss"] == pytest.approx(one["loss"], rel=0.02)
-    first, other = (torch.cat([g.flatten() for g in x["grad"][0].values()]) for x in (one, many))
-    assert torch.cosine_similarity(first, other, dim=0) > 0.99
+        tolerance = 1e-5 if name == "lhsc" else 1e-4
+        assert_same_steps(one["torch.float64"][name], many["torch.float64"][name], 1e-10)
+        assert_same_steps(one["torch.float32"][name], many["torch.float32"][name], tolerance)
+    assert_close_steps(one["bf16"]["lhsc"], many["bf16"]["lhsc"])
+    for name in steps.EVALUATIONS:
+        texts = [(alone / f"by{k}/{name}.json").read_text() for k in (1, n)]
+        assert texts[0] == texts[1]
+        a, b = (np.load(alone / f"by{k}/{name}.npy") for k in (1, n))
+        assert np.abs(a - b).max() < 1e-6
 
 
 def assert_same_steps(one, many, tolerance):
@@ -90,11 +102,18 @@ def assert_same_steps(one, many, tolerance):
         assert (many["state"][name] - value).abs().max() <= tolerance * scale, name
 
 
+def assert_close_steps(one, many):
+    """Of mixed precision: what is rounded to eight bits differs, and then the hardest negatives."""
+    assert many["loss"] == pytest.approx(one["loss"], rel=0.02)
+    first, other = (torch.cat([g.flatten() for g in x["grad"][0].values()]) for x in (one, many))
+    assert torch.cosine_similarity(first, other, dim=0) > 0.99
+
+
 def test_shares_are_the_whole_batch_once(monkeypatch):
     lengths = torch.randint(3, 30, (103,), generator=torch.Generator().manual_seed(0))
     whole = list(ShuffledBatches(lengths, 20, seed=1))
     for n in (2, 3, 7):
-        monkeypatch.setattr(distributed, "size", lambda n=n: n)
+        monkeypatch.setattr(distributed, "world_size", lambda n=n: n)
         shares = []
         for r in range(n):
             monkeypatch.setattr(distributed, "rank", lambda r=r: r)
@@ -108,169 +127,68 @@ def test_shares_are_the_whole_batch_once(monkeypatch):
         assert lengths[batch].tolist() == sorted(lengths[batch].tolist(), reverse=True)
 
 
-# -- the commands ---------------------------------------------------------------------------------
-
-
-def write_data(folder):
-    for split, n_images in (("train", 30), ("dev", 10), ("test", 10)):
-        write_split(folder / "data" / "tiny", split, n_images)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The same run by one process and by two."""
-    folders = {}
-    for n in (1, 2):
-        folders[n] = write_data(tmp_path_factory.mktemp(f"by{n}"))
-        run_all(n, folders[n], ROOT / "train.py", *SMALL, *SAME)
-    return folders
-
-
-CHECKPOINT = "runs/LHSC/checkpoint/model_best.pth.tar"
+# -- a run, and its ends --------------------------------------------------------------------------
 
 
 def log_of(folder):
-    lines = (folder / "runs/LHSC/checkpoint/metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    found = map(json.loads, (folder / RUN / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if line["type"] in ("train", "dev")]
 
 
-def test_training_by_two_is_training_by_one(trained):
-    one, two = (log_of(trained[n]) for n in (1, 2))
-    assert [(x["type"], x.get("step")) for x in one] == [(x["type"], x.get("step")) for x in two]
-    for a, b in zip(one, two, strict=True):
+def test_a_run_by_one_then_two_then_one_is_that_of_one(tmp_path, monkeypatch):
+    """Stopped by a signal, continued by two, stopped by a signal to one of them, and continued."""
+    options = [*SMALL, "--embed_dropout", "0", "--pool_dropout", "0", "--warmup_epochs", "4",
+               "--log_step", "1", "--save_step", "7", "--num_epochs", "4"]  # fmt: skip
+    whole, folder = write_tiny(tmp_path / "whole"), write_tiny(tmp_path / "parts")
+    succeeded(call(whole, train.main, *options))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert call(folder, train.main, *options).returncode == 130
+
+    process, output = torchrun(folder, 2, "train.py", "--resume"), ""
+    while not output.count("epoch 0 ["):
+        output += process.stdout.readline()
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGTERM)
+    rest, errors = process.communicate(timeout=120)
+    _, saved = load_latest(folder / RUN)
+    assert process.returncode != 0 and "SIGTERM: stopping after this step" in errors
+    assert "saved by 1 processes, continued with 2" in output
+    assert f"stopped at step {saved['Eiters']}" in rest and 3 < saved["Eiters"] < 40
+    assert len(saved["random"]) == 2 and log_of(folder)[-1]["step"] == saved["Eiters"]
+
+    output = succeeded(call(folder, train.main, "--resume"))
+    assert "saved by 2 processes, continued with 1" in output
+    for a, b in zip(log_of(folder), log_of(whole), strict=True):
+        assert (a["type"], a["step"]) == (b["type"], b["step"])
         if a["type"] == "train":
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
-    files = [
-        sorted(p.name for p in (trained[n] / "runs/LHSC/checkpoint").iterdir()) for n in (1, 2)
-    ]
-    assert files[0] == files[1]
-    assert len(list((trained[2] / "runs/LHSC/log").iterdir())) == 1  # one of them logs
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    names = [{file.name for file in (part / RUN).iterdir()} for part in (whole, folder)]
+    assert names[0] == names[1]
+    assert len(list((folder / "runs/LHSC/log").iterdir())) == 3  # one of two wrote
 
 
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("others", [[], ["--fold5"], ["--split", "dev"]])
-def test_evaluation_gives_the_same_metrics_to_the_last_digit(trained, tmp_path, n, others):
-    arguments = ["--model_path", CHECKPOINT, "--device", "cpu", *others]
-    for k in (1, n):
-        out = run_all(
-            k, trained[1], ROOT / "evaluation.py", *arguments, "--save_metrics",
-            tmp_path / f"{k}.json", "--save_sims", tmp_path / f"{k}.npy",
-        )  # fmt: skip
-        assert out.count("rsum") == 1
-    assert (tmp_path / "1.json").read_text() == (tmp_path / f"{n}.json").read_text()
-    one, many = (np.load(tmp_path / f"{k}.npy") for k in (1, n))
-    assert np.abs(one - many).max() < 1e-6
+def test_a_mistake_is_told_once(tmp_path):
+    """torchrun adds a report of its own, in any case."""
+    _, errors = torchrun(tmp_path, 2, "evaluation.py", "--device", "cpu").communicate(timeout=120)
+    (told,) = re.findall("^error: .*", errors, re.M)
+    assert "model_best.pth.tar: no checkpoint here" in told
 
 
-def test_a_released_checkpoint_keeps_its_batches_of_captions(tmp_path):
-    """With the released padding an embedding depends on its batch of 100: shares keep those."""
-    write_split(tmp_path / "data" / "f30k_precomp", "test", 45, num_regions=36, img_dim=48)
-    opt = torch.load(GOLDENS / "legacy_py2_a.pth.tar", weights_only=False)["opt"]
-    words = ["<pad>", "<start>", "<end>", "<unk>", *(f"w{k}" for k in range(opt.vocab_size - 4))]
-    words[4:9] = ["red", "dog", "green", "there", "look"]
-    Vocabulary(words).save(tmp_path / "vocab" / "f30k_precomp_vocab.json")
-    for n in (1, 2):
-        run_all(
-            n, tmp_path, ROOT / "evaluation.py", "--model_path", GOLDENS / "legacy_py2_a.pth.tar",
-            "--data_path", "data", "--vocab_path", "vocab", "--device", "cpu",
-            "--save_sims", f"{n}.npy",
-        )  # fmt: skip
-    assert np.abs(np.load(tmp_path / "1.npy") - np.load(tmp_path / "2.npy")).max() < 1e-6
-
-
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    write_data(tmp_path)
-    options = [*SMALL, *SAME]
-    run_all(2, tmp_path, ROOT / "train.py", *options)
-    out = run_all(3, tmp_path, ROOT / "train.py", "--resume", "--num_epochs", 3)
-    assert "saved by 2 processes, going on with 3" in out
-    log = log_of(tmp_path)
-    assert [x["step"] for x in log if x["type"] == "dev"][-1] == 30
-    out = run_all(1, tmp_path, ROOT / "train.py", "--resume", "--num_epochs", 4)
-    assert "going on with 1" in out
-
-
-def test_more_processes_than_examples_in_a_batch_are_refused(tmp_path):
-    write_data(tmp_path)
-    result = subprocess.run(
-        torchrun(3, ROOT / "train.py", *SMALL, "--batch_size", 2), cwd=tmp_path,
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert "--batch_size 2: fewer examples than the 3 processes" in result.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-# -- ends -----------------------------------------------------------------------------------------
-
-
-def children(pid):
-    """The processes that torchrun has started, by rank."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (folder / "environ").read_text().split("\0") if parent == pid else []
-        except OSError:
-            continue  # it has ended meanwhile
-        ranks = [v.partition("=")[2] for v in variables if v.startswith("RANK=")]
-        found |= {int(r): int(folder.name) for r in ranks}
-    return found
-
-
-@pytest.fixture
-def running(tmp_path):
-    """A run of two processes that has written a checkpoint and goes on."""
-    write_data(tmp_path)
-    options = [*SMALL, "--num_epochs", "5000", "--save_step", "3", "--log_step", "1"]
-    process = subprocess.Popen(
-        torchrun(2, ROOT / "train.py", *options), cwd=tmp_path, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("epoch 1 "):
-            break
-    workers = children(process.pid)
-    yield tmp_path, process
-    process.kill()
-    for pid in workers.values():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes in /proc")
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_stops_all(running, victim):
-    folder, process = running
-    os.kill(children(process.pid)[victim], signal.SIGKILL)
-    start = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - start < 60
-    assert not children(process.pid)
-    assert "another process of this run is gone" in errors or "SIGKILL" in errors
-    path, saved = load_newest(folder / "runs/LHSC/checkpoint")
-    assert saved["Eiters"] > 0 and load_whole(path)
+def test_more_processes_than_examples_in_a_batch_are_refused(tiny, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    result = call(tiny, train.main, *SMALL, "--batch_size", 2)
+    refused(result, "--batch_size 2: fewer examples than processes")
+    assert not (tiny / "runs").exists()
 
 
 def test_a_signal_that_comes_while_the_others_are_asked_is_not_lost(monkeypatch):
-    stop = Stop()
+    stop = run.StopSignal()
 
     def ask(number, device):
         stop.signal = signal.SIGTERM
         return number
 
-    monkeypatch.setattr(distributed, "largest", ask)
+    monkeypatch.setattr(distributed, "all_reduce_max", ask)
     assert stop.agreed(torch.device("cpu")) == 0
     assert stop.agreed(torch.device("cpu")) == signal.SIGTERM
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes in /proc")
-def test_sigterm_stops_all_after_the_same_step(running):
-    folder, process = running
-    os.kill(children(process.pid)[1], signal.SIGTERM)
-    process.communicate(timeout=60)
-    _, saved = load_newest(folder / "runs/LHSC/checkpoint")
-    lines = log_of(folder)
-    assert saved["Eiters"] == lines[-1]["step"] if lines[-1]["type"] == "train" else True
-    assert len(saved["random"]) == 2
