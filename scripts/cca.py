@@ -4,7 +4,7 @@
 
 It sees neither the order of the words nor single regions, and nothing is trained step by step
 (Hotelling, 1936; for images and sentences Gong et al., 2014). A trained model should be above it.
-Time grows with words³, memory with words².
+Time grows with captions × words², memory with words².
 
 Shape letters: B images, C captions, V words of the vocabulary, k = min(img_dim, V).
 """
@@ -14,105 +14,77 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from attention import caption_index_of
 from data import Captions, PrecompDataset
 from evaluation import report
 from metrics import bootstrap_intervals, image_hits, retrieval_metrics
 from utils import atomic_write, check_targets, one_line
 from vocab import Vocabulary, vocab_file
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support")  # torch's note on its product
-
 SHRINK = (0.01, 0.03, 0.1, 0.3, 1.0)  # tried on dev
+BLOCK = 1000  # images or captions at a time
 
 
 def mean_regions(dataset: PrecompDataset) -> Tensor:
     """(B, img_dim) float64."""
-    return torch.cat([block.mean(1).double() for block in dataset.image_blocks(1000)])
+    return torch.cat([block.mean(1).double() for block in dataset.image_blocks(BLOCK)])
 
 
-def word_counts(captions: Captions, n_words: int) -> Tensor:
-    """How often each word stands in each caption: sparse (C, V) float64."""
-    words = torch.cat([captions.words(k) for k in range(len(captions))])
-    ones = torch.ones(len(words), dtype=torch.float64)
-    return sparse(caption_index_of(captions.lengths), words, ones, (len(captions), n_words))
+def tf_idf(captions: Captions, idf: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Block by block the captions' numbers (C,), and log(1 + count) · idf of length 1 (C, V)."""
+    for block in torch.arange(len(captions)).split(BLOCK):
+        counts = [captions.words(int(k)).bincount(minlength=len(idf)) for k in block]
+        values = torch.stack(counts).double().log1p() * idf  # (C, V)
+        yield block, values / values.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
-def sparse(rows: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    """A sparse matrix; values in the same place are added."""
-    where = torch.stack([rows, columns])
-    return torch.sparse_coo_tensor(where, values, size, check_invariants=True).coalesce()
+class CCA:
+    """What the train pairs of an image x and a caption y have in common.
 
+    idf, y_mean (V,), x_mean (img_dim,), and the covariances xx (img_dim, img_dim), xy (img_dim, V)
+    and yy (V, V).
+    """
 
-def tf_idf(counts: Tensor, idf: Tensor) -> Tensor:
-    """log(1 + count) · idf, each caption divided by its length: sparse (C, V)."""
-    caption, word = counts.indices()
-    values = counts.values().log1p() * idf[word]
-    squares = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, caption, values.square())
-    values = values / squares.sqrt().clamp_min(1e-12)[caption]
-    return sparse(caption, word, values, counts.shape)
+    def __init__(self, dataset: PrecompDataset, n_words: int) -> None:
+        n = len(dataset)
+        words = torch.cat([dataset.words(k).unique() for k in range(n)])
+        self.idf = (n / (1 + words.bincount(minlength=n_words).double())).log().clamp_min(0)
+        x = mean_regions(dataset)
+        self.x_mean, self.xx = x.mean(0), torch.cov(x.T, correction=0)
+        x = x - self.x_mean  # (B, img_dim)
+        self.y_mean, self.xy, self.yy = 0, 0, 0
+        for block, y in tf_idf(dataset, self.idf):
+            self.y_mean = self.y_mean + y.sum(0) / n
+            self.xy = self.xy + x[dataset.image_of_caption[block]].T @ y / n
+            self.yy = self.yy + y.T @ y / n
+        self.yy = self.yy - self.y_mean.outer(self.y_mean)
 
+    def maps(self, shrink: float) -> tuple[Tensor, Tensor]:
+        """Maps of x (img_dim, k) and of y (V, k) to where their correlations σ are largest.
 
-class Moments(NamedTuple):
-    """Of the train pairs of an image x and a caption y."""
-
-    idf: Tensor  # (V,)
-    x_mean: Tensor  # (img_dim,)
-    y_mean: Tensor  # (V,)
-    xx: Tensor  # covariances: (img_dim, img_dim)
-    yy: Tensor  # (V, V)
-    xy: Tensor  # (img_dim, V)
-
-    @classmethod
-    def of(cls, dataset: PrecompDataset, n_words: int) -> Moments:
-        counts, n = word_counts(dataset, n_words), len(dataset)
-        captions_with = counts.indices()[1].bincount(minlength=n_words)
-        idf = (n / (1 + captions_with.double())).log().clamp_min(0)
-        x, y = mean_regions(dataset), tf_idf(counts, idf)
-        x_mean, y_mean = x.mean(0), torch.sparse.sum(y, 0).to_dense() / n
-        x = x - x_mean
-        # All images have the same number of captions: their captions are summed first.
-        caption, word = y.indices()
-        image = caption // dataset.captions_per_image
-        y_of_image = sparse(image, word, y.values(), (len(x), n_words))  # (B, V)
-        yy = torch.sparse.mm(y.T, y).to_dense() / n - y_mean.outer(y_mean)
-        return cls(idf, x_mean, y_mean, x.T @ x / len(x), yy, (y_of_image.T @ x).T / n)
-
-
-class CCA(NamedTuple):
-    """Projections of images and captions to where their correlation is largest."""
-
-    x_map: Tensor  # (img_dim, k)
-    y_map: Tensor  # (V, k)
-    correlations: Tensor  # (k,), falling
-
-    @classmethod
-    def of(cls, moments: Moments, shrink: float) -> CCA:
-        """C_xx^−½ U and C_yy^−½ V, with U σ Vᵀ = C_xx^−½ C_xy C_yy^−½.
+        C_xx^−½ U σ² and C_yy^−½ V σ², with U σ Vᵀ = C_xx^−½ C_xy C_yy^−½; Gong et al. weight
+        dimensions by σ².
 
         shrink: added to the diagonal of C_xx, as a share of its mean; ten times that to C_yy,
             because there are many words and most are rare.
         """
-        x_root, y_root = inverse_root(moments.xx, shrink), inverse_root(moments.yy, 10 * shrink)
-        left, correlations, right = torch.linalg.svd(x_root @ moments.xy @ y_root, False)
-        return cls(x_root @ left, y_root @ right.T, correlations)
+        x_root, y_root = inverse_root(self.xx, shrink), inverse_root(self.yy, 10 * shrink)
+        left, correlations, right = torch.linalg.svd(x_root @ self.xy @ y_root, False)
+        return x_root @ left * correlations.square(), y_root @ right.T * correlations.square()
 
-    def score(self, moments: Moments, dataset: PrecompDataset) -> Tensor:
-        """Cosines, dimensions weighted by σ² (Gong et al.): (B, C) float32."""
-        y = tf_idf(word_counts(dataset, len(self.y_map)), moments.idf)
-        images = (mean_regions(dataset) - moments.x_mean) @ self.x_map
-        captions = y @ self.y_map - moments.y_mean @ self.y_map
-        weighted = (x * self.correlations.square() for x in (images, captions))
-        images, captions = (x / x.norm(dim=1, keepdim=True) for x in weighted)
-        return (images @ captions.T).float()
+    def score(self, dataset: PrecompDataset, x_map: Tensor, y_map: Tensor) -> Tensor:
+        """Cosines of the mapped images and captions: (B, C) float32."""
+        images = (mean_regions(dataset) - self.x_mean) @ x_map  # (B, k)
+        words = (y - self.y_mean for _, y in tf_idf(dataset, self.idf))
+        captions = torch.cat([y @ y_map for y in words])  # (C, k)
+        return (F.normalize(images) @ F.normalize(captions).T).float()
 
 
 def inverse_root(covariance: Tensor, shrink: float) -> Tensor:
@@ -137,21 +109,20 @@ def main() -> None:
         PrecompDataset(opt.data_path, opt.data_name, split, vocab, train.regions.img_dim)
         for split in ("dev", "test")
     )
-    moments = Moments.of(train, len(vocab))
-    tried = {}
+    cca, tried = CCA(train, len(vocab)), {}
     for shrink in SHRINK:
-        sims = CCA.of(moments, shrink).score(moments, dev).numpy()
+        sims = cca.score(dev, *cca.maps(shrink)).numpy()
         tried[shrink] = retrieval_metrics(sims, dev.image_of_caption)["rsum"]
         print(f"shrink {shrink:g}: dev rsum {tried[shrink]:.1f}", flush=True)
     shrink = max(tried, key=tried.get)
-    cca = CCA.of(moments, shrink)
-    sims = cca.score(moments, test).numpy()
+    maps = cca.maps(shrink)
+    sims = cca.score(test, *maps).numpy()
     metrics = retrieval_metrics(sims, test.image_of_caption)
     metrics["bootstrap"] = bootstrap_intervals([image_hits(sims, test.image_of_caption)])
     print(report(metrics))
     if opt.json is not None:
         metrics |= {"data": f"{test.name} test", "dev_rsum": tried[shrink], "shrink": shrink,
-                    "parameters": cca.x_map.numel() + cca.y_map.numel()}  # fmt: skip
+                    "parameters": sum(x.numel() for x in maps)}  # fmt: skip
         text = json.dumps(metrics, indent=1) + "\n"
         atomic_write(opt.json, lambda file: file.write(text.encode()))
 

@@ -31,18 +31,15 @@ KINDS = ("relation", "shape", "colour", "size", "count")
 IMAGES = 20  # scored at a time with their own captions
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a file of make_scenes.py.
-
-    Raises:
-        InputError: if there is none, or they are not JSON.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: not found; scripts/make_scenes.py writes it for drawn scenes")
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise InputError(f"{path}: not lines of JSON: {error}") from error
+def read_lines(path: Path) -> list:
+    """A file of one JSON value a line. Raises InputError naming a line that is none."""
+    values = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not JSON: {error}") from error
+    return values
 
 
 def own_scores(

@@ -10,8 +10,8 @@ COCO calls a caption right for one image only, though it fits others as well. Th
 and R@1 on ECCV Caption (1,261 image and 1,332 caption queries) and R@1, R@5 and R@10 on CxC. Two
 right captions of ECCV Caption are not among COCO's 25,000, so the best mAP@R of i2t is 99.99.
 
-The package needs COCO's ids. Those of the images are in DATA_PATH/DATA_NAME/{split}_ids.txt, in the
-order of the scores' rows. Those of the captions are found by comparing {split}_caps.txt with the
+The package needs COCO's ids. Those of the images are in DATA_PATH/DATA_NAME/testall_ids.txt, in the
+order of the scores' rows. Those of the captions are found by comparing testall_caps.txt with the
 texts in --annotations: COCO's captions_val2014.json or Karpathy's dataset_coco.json. Case, blanks
 and punctuation do not count.
 
@@ -27,6 +27,7 @@ import json
 import re
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from prepare_captions import few, image_key, read_id_list
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+from compare import load_sims
+from prepare_captions import image_key, read_id_list
 
-from data import open_array
 from utils import InputError, atomic_write, check_targets, one_line
 from vocab import read_captions
 
@@ -60,14 +61,11 @@ def read_image_ids(path: Path, known: Matches) -> list[int]:
 
     known: the captions of each of these images.
     """
-    names, numbers = read_id_list(path), {str(image) for image in known}
-    unknown = [name for name in names if image_key(name) not in numbers]
-    if unknown or len(names) != len(known):
-        raise InputError(
-            f"{path}: {len(names):,} images, {len(unknown):,} of them unknown ({few(unknown)}); "
-            f"expected COCO's ids of the {len(known):,} images of Karpathy's test split"
-        )
-    return [int(image_key(name)) for name in names]
+    ids = [int(key) for key in map(image_key, read_id_list(path)) if key.isdecimal()]
+    if {*ids} != {*known}:
+        n = len({*ids} & {*known})
+        raise InputError(f"{path}: has {n:,} of the {len(known):,} images of Karpathy's test split")
+    return ids
 
 
 def read_texts(path: Path) -> dict[int, str]:
@@ -78,9 +76,7 @@ def read_texts(path: Path) -> dict[int, str]:
             return {entry["id"]: entry["caption"] for entry in content["annotations"]}
         return {s["sentid"]: s["raw"] for image in content["images"] for s in image["sentences"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not as in COCO's captions_*.json or Karpathy's dataset_coco.json: {error!r}"
-        ) from error
+        raise InputError(f"{path}: not COCO's or Karpathy's captions: {error!r}") from error
 
 
 def letters(caption: str) -> str:
@@ -95,35 +91,21 @@ def match_captions(
 
     Raises InputError for a caption that is none of its image's.
     """
-    captions, ids = read_captions(caps), []
+    captions, ids, left = read_captions(caps), [], defaultdict(list)
     if len(captions) != PER_IMAGE * len(images):
         raise InputError(f"{caps}: {len(captions):,} captions of {len(images):,} images, not five")
+    for image in images:
+        for id_ in known[image]:
+            left[image, letters(texts.get(id_, ""))].append(id_)
     for k, caption in enumerate(captions):
         image = images[k // PER_IMAGE]
-        if k % PER_IMAGE == 0:
-            left = {id_: letters(texts.get(id_, "")) for id_ in known[image]}
-        found = [id_ for id_, text in left.items() if text == letters(caption)]
-        if not found:
+        if not left[image, letters(caption)]:
             raise InputError(
                 f"{caps}, line {k + 1}: {caption[:60]!r} is not one of the five captions of image "
                 f"{image} in the annotations; do captions and image ids have the same order?"
             )
-        ids.append(found[0])
-        del left[found[0]]
+        ids.append(left[image, letters(caption)].pop(0))
     return ids
-
-
-def load_sims(path: Path, n_images: int) -> np.ndarray:
-    """Scores (n_images, 5 n_images). Raises InputError for another shape, NaN or infinity."""
-    sims = open_array(path)
-    if sims.shape != (n_images, PER_IMAGE * n_images):
-        raise InputError(
-            f"{path}: shape {sims.shape}, expected {(n_images, PER_IMAGE * n_images)}: the scores "
-            f"of evaluation.py --split testall --save_sims"
-        )
-    if not np.isfinite(sims).all():
-        raise InputError(f"{path}: NaN or infinite scores")
-    return sims
 
 
 def rank(
@@ -169,29 +151,27 @@ def evaluate(sims: np.ndarray, images: list[int], captions: list[int], benchmark
     }
 
 
-def options() -> argparse.ArgumentParser:
+@one_line
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("sims", type=Path, help="scores of evaluation.py --split testall --save_sims")
     add("--annotations", required=True, type=Path, help="COCO's or Karpathy's JSON of captions")
     add("--data_path", default="./data", help="folder of the data sets")
     add("--data_name", default="coco_precomp", help="its folder in data_path (coco_precomp)")
-    add("--split", default="testall", help="the split that the scores belong to (testall)")
     add("--json", type=Path, help="write the numbers to this file")
-    return parser
-
-
-@one_line
-def main() -> None:
-    opt = options().parse_args()
+    opt = parser.parse_args()
     check_targets(opt.json)
     benchmarks = load_benchmarks()
     known = benchmarks.coco_gts["i2t"]
     folder = Path(opt.data_path) / opt.data_name
-    images = read_image_ids(folder / f"{opt.split}_ids.txt", known)
+    images = read_image_ids(folder / "testall_ids.txt", known)
     texts = read_texts(opt.annotations)
-    captions = match_captions(folder / f"{opt.split}_caps.txt", texts, images, known)
-    result = evaluate(load_sims(opt.sims, len(images)), images, captions, benchmarks)
+    captions = match_captions(folder / "testall_caps.txt", texts, images, known)
+    sims = load_sims(opt.sims)
+    if sims.shape != (len(images), len(captions)):
+        raise InputError(f"{opt.sims}: {sims.shape}, expected {(len(images), len(captions))}")
+    result = evaluate(sims, images, captions, benchmarks)
     print(f"{'':16}{'i2t':>7}{'t2i':>7}")
     for name, ways in result.items():
         print(f"{name:16}{ways['i2t']:7.1f}{ways['t2i']:7.1f}")

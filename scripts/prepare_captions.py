@@ -11,8 +11,8 @@ reads a file of Karpathy's caption_datasets.zip and writes
 for train (with Karpathy's restval, as in SCAN), dev (his val) and test. COCO's 5,000 test images
 are testall, and the first 1,000 of them are test. An image's first five captions are taken.
 
-The images come in Karpathy's order. If you have features already, take theirs with --order. COCO's
-own files know no dev and test, so they always need --split and --order:
+The images come in Karpathy's order. If you have features already, take theirs with --split and
+--order. COCO's own files know no dev and test, so they always need both:
 
     python scripts/prepare_captions.py --coco captions_train2014.json captions_val2014.json \\
         --data_name coco_precomp --split dev --order dev_ids.txt
@@ -37,12 +37,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import REPEATED, RegionFile
-from utils import InputError, at_least, atomic_write, check_targets, one_line
+from utils import InputError, atomic_write, check_targets, one_line
 
 SPLITS = ("train", "dev", "test")
 SCAN_SPLIT = {"train": "train", "restval": "train", "val": "dev", "test": "test"}  # of Karpathy's
 COCO_1K = 1000  # images of COCO's test, the first of testall
+PER_IMAGE = 5  # captions
 
 
 def image_key(image_id: str) -> str:
@@ -88,10 +88,8 @@ def check_outputs(ids_file: Path, ids: list[str], option: str, *others: Path) ->
         if path.exists():
             raise InputError(f"{path}: exists already; remove it to write it again")
     if ids_file.is_file() and [*map(image_key, read_id_list(ids_file))] != [*map(image_key, ids)]:
-        raise InputError(
-            f"{ids_file}: has other images than the {len(ids):,} to be written, or another order; "
-            f"keep it with {option} {ids_file}, or remove it"
-        )
+        raise InputError(f"{ids_file}: has other images or another order; keep it with {option}, "
+                         "or remove it")  # fmt: skip
     check_targets(ids_file, *others)
 
 
@@ -107,13 +105,13 @@ class Image(NamedTuple):
     captions: list[str]
 
 
-def read_karpathy(path: Path, id_kind: str | None = None) -> list[Image]:
+def read_karpathy(path: Path) -> list[Image]:
     """The images of a dataset_*.json, in file order."""
     images = []
     for entry in json.loads(path.read_bytes())["images"]:
-        kind = id_kind or ("cocoid" if "cocoid" in entry else "filename")
+        image_id = str(entry.get("cocoid", entry["filename"]))
         captions = [sentence["raw"] for sentence in entry["sentences"]]
-        images.append(Image(str(entry[kind]), SCAN_SPLIT[entry["split"]], captions))
+        images.append(Image(image_id, SCAN_SPLIT[entry["split"]], captions))
     return images
 
 
@@ -138,7 +136,7 @@ def read_images(opt: argparse.Namespace) -> dict[str, Image]:
     images = []
     for path in opt.coco or [opt.karpathy]:
         try:
-            images += read_coco(path) if opt.coco else read_karpathy(path, opt.ids)
+            images += read_coco(path) if opt.coco else read_karpathy(path)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             expected = "COCO's captions_*.json" if opt.coco else "Karpathy's dataset_*.json"
             raise InputError(f"{path}: not as in {expected}: {error!r}") from error
@@ -159,61 +157,33 @@ def choose_ids(images: dict[str, Image], split: str | None, order: Path | None) 
         if unknown:
             raise InputError(
                 f"{order}: {len(unknown):,} of its {len(ids):,} images are not in the {split} "
-                f"split of the annotations: {few(unknown)} (--ids compares another kind of id)"
+                f"split of the annotations: {few(unknown)}"
             )
         return {split: ids}
     splits["test"] = splits["testall"][:COCO_1K]
     if splits["test"] == splits["testall"]:
         del splits["testall"]
-    chosen = {name: ids for name, ids in splits.items() if ids and split in (None, name)}
-    if not chosen:
-        raise InputError(f"--split {split}: the annotations have {', '.join(splits)}")
-    return chosen
+    return {name: ids for name, ids in splits.items() if ids}
 
 
-def first_captions(images: list[Image], n: int) -> list[str]:
-    """The first n captions of every image, each on one line; empty ones do not count.
+def first_captions(images: list[Image]) -> list[str]:
+    """The first five captions of every image, each on one line; empty ones do not count.
 
     Raises InputError if an image has fewer.
     """
     captions, short = [], []
     for image in images:
-        own = [" ".join(caption.split()) for caption in image.captions if caption.strip()][:n]
-        captions += own
-        if len(own) < n:
+        own = [" ".join(caption.split()) for caption in image.captions if caption.strip()]
+        captions += own[:PER_IMAGE]
+        if len(own) < PER_IMAGE:
             short.append(f"{image.id} ({len(own)})")
     if short:
-        raise InputError(
-            f"{len(short):,} of {len(images):,} images have fewer than {n} captions "
-            f"(--captions_per_image): {few(short)}"
-        )
+        raise InputError(f"{len(short):,} images have fewer than five captions: {few(short)}")
     return captions
 
 
-def prepare(opt: argparse.Namespace) -> None:
-    """Check everything, then write. Raises InputError."""
-    images = read_images(opt)
-    splits = choose_ids(images, opt.split, opt.order)
-    folder = Path(opt.data_path) / opt.data_name
-    folder.mkdir(parents=True, exist_ok=True)
-    outputs = {}
-    for split, ids in splits.items():
-        ims, caps, ids_file = (folder / f"{split}_{f}" for f in ("ims.npy", "caps.txt", "ids.txt"))
-        check_outputs(ids_file, ids, "--order", caps)
-        if ims.is_file():
-            regions = RegionFile(ims)
-            n_images = regions.num_rows // (REPEATED if regions.repeats() else 1)
-            if n_images != len(ids):
-                raise InputError(f"{ims}: holds {n_images:,} images, not {len(ids):,}")
-        members = [images[image_key(image_id)] for image_id in ids]
-        outputs[caps] = first_captions(members, opt.captions_per_image)
-        if not ids_file.is_file():
-            outputs[ids_file] = ids
-    for path, lines in outputs.items():
-        write_lines(path, lines)
-
-
-def options() -> argparse.ArgumentParser:
+@one_line
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("karpathy", nargs="?", type=Path, help="Karpathy's dataset_*.json")
@@ -221,22 +191,24 @@ def options() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data_path", default="./data", help="folder of the data sets")
     add("--data_name", required=True, help="the data set's folder in data_path")
-    add("--split", help="the split to write; without it, all")
-    add("--order", type=Path, help="file of image ids: the images of the split, in that order")
-    add("--ids", choices=["cocoid", "imgid", "filename"], help="default: cocoid, if there is one")
-    add("--captions_per_image", default=5, type=at_least(1), help="so many of each image (5)")
-    return parser
-
-
-@one_line
-def main() -> None:
-    parser = options()
+    add("--split", help="write one split only, in the --order of its images")
+    add("--order", type=Path, help="file of image ids")
     opt = parser.parse_args()
-    if opt.coco and not opt.order:
-        parser.error("--coco: COCO's files know no dev and test; add --split NAME --order FILE")
-    if opt.order and not opt.split:
-        parser.error("--order: which split is it? add --split NAME")
-    prepare(opt)
+    if bool(opt.split) != bool(opt.order) or (opt.coco and not opt.order):
+        parser.error("--split NAME and --order FILE go together, and --coco needs them")
+    images = read_images(opt)
+    splits = choose_ids(images, opt.split, opt.order)
+    folder = Path(opt.data_path) / opt.data_name
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs = {}
+    for split, ids in splits.items():
+        caps, ids_file = folder / f"{split}_caps.txt", folder / f"{split}_ids.txt"
+        check_outputs(ids_file, ids, "--order", caps)
+        outputs[caps] = first_captions([images[image_key(image_id)] for image_id in ids])
+        if not ids_file.is_file():
+            outputs[ids_file] = ids
+    for path, lines in outputs.items():
+        write_lines(path, lines)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The tables and figures of the results, made from the logs in results/.
 
-    python scripts/results.py            # print the tables
     python scripts/results.py --write    # put them into README.md and results/README.md, draw fig/
-    python scripts/results.py --check    # exit 1 if the files say something else
+    python scripts/results.py --check    # exit 1 if the tables in the files say something else
 
 A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. ablations.py keeps the logs
 of a run in results/SET/VARIANT-sSEED: metrics.jsonl of train.py, test.json of evaluation.py, and
-diagnosis.json of diagnose.py (drawn scenes only). cca.py writes results/flickr8k/cca.json,
-benchmark.py results/speed/*.json.
+diagnosis.json of diagnose.py (drawn scenes only). reproduce.sh keeps those of the paper's
+experiments in results/paper/RUN. cca.py writes results/flickr8k/cca.json, benchmark.py
+results/speed/*.json.
 """
 
 from __future__ import annotations
@@ -35,19 +35,8 @@ PAPER = {"Flickr30K": 56_650, "MS-COCO": 221_300}
 SHORT = ("model", "seeds", "i2t R@1", "t2i R@1", "test rsum")  # columns in README.md
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """A JSON object that has these keys.
-
-    Raises:
-        InputError: if it is none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict) or not found.keys() >= set(keys):
-        raise InputError(f"{path}: expected {', '.join(keys)} in it")
-    return found
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class Seed(NamedTuple):
@@ -56,33 +45,19 @@ class Seed(NamedTuple):
     log: dict[str, list[dict]]
     test: dict
     diagnosis: dict
-
-    @classmethod
-    def read(cls, folder: Path, diagnose: bool) -> Seed:
-        log = read_log(folder)
-        if not all(log[kind] for kind in ("run", "train", "dev")):
-            raise InputError(f"{folder}/metrics.jsonl: not the log of a whole run")
-        test = read_json(folder / "test.json", "i2t", "t2i", "rsum", "bootstrap")
-        return cls(log, test, read_json(folder / "diagnosis.json", *KINDS) if diagnose else {})
-
-    @property
-    def arguments(self) -> dict:
-        given = self.log["run"][0]["arguments"]
-        return {name: value for name, value in given.items() if name not in APART}
-
-    @property
-    def dev(self) -> float:
-        """Dev rsum of the checkpoint that was tested."""
-        return max(line["rsum"] for line in self.log["dev"])
-
-    @property
-    def minutes(self) -> float:
-        """Of training steps, each as long as the median one; without validation."""
-        train = self.log["train"]
-        return train[-1]["step"] * statistics.median(line["batch_time"] for line in train) / 60
+    dev: float  # rsum of the checkpoint that was tested
+    minutes: float  # of training steps, each as long as the median one; without validation
 
 
-def read_set(results: Path, name: str) -> dict[str, list[Seed]]:
+def read_seed(folder: Path) -> Seed:
+    log, test = read_log(folder), read_json(folder / "test.json")
+    diagnosis = folder / "diagnosis.json"
+    dev, step = max(line["rsum"] for line in log["dev"]), log["train"][-1]["step"]
+    minutes = step * statistics.median(line["batch_time"] for line in log["train"]) / 60
+    return Seed(log, test, read_json(diagnosis) if diagnosis.is_file() else {}, dev, minutes)
+
+
+def read_set(name: str) -> dict[str, list[Seed]]:
     """The runs of a set of ablations.py, by the title of their variant.
 
     Raises:
@@ -90,13 +65,13 @@ def read_set(results: Path, name: str) -> dict[str, list[Seed]]:
     """
     found = {}
     for variant, (title, _) in SETS[name].variants.items():
-        folders = sorted((results / name).glob(f"{variant}-s[0-9]*"))
-        seeds = [Seed.read(folder, SETS[name].diagnose) for folder in folders]
-        for one in seeds[1:]:
-            first, other = seeds[0].arguments, one.arguments
-            for option in first.keys() & other.keys():
+        folders = sorted((ROOT / "results" / name).glob(f"{variant}-s[0-9]*"))
+        seeds = [read_seed(folder) for folder in folders]
+        for folder, seed in zip(folders, seeds, strict=True):
+            first, other = (x.log["run"][0]["arguments"] for x in (seeds[0], seed))
+            for option in first.keys() & other.keys() - APART:
                 if first[option] != other[option]:
-                    raise InputError(f"{folders[0]}: another seed has another --{option}")
+                    raise InputError(f"{folder}: another seed has another --{option}")
         if seeds:
             found[title] = seeds
     return found
@@ -138,45 +113,48 @@ def recalls(title: str, tests: list[dict], dev: list[float]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def photo_rows(results: Path) -> list[dict[str, str]]:
+def photo_rows() -> list[dict[str, str]]:
     """Recalls on the test photographs: the linear baseline, and a row a variant."""
-    rows, path = [], results / "flickr8k" / "cca.json"
+    rows, path = [], ROOT / "results/flickr8k/cca.json"
     if path.is_file():
-        cca = read_json(path, "i2t", "t2i", "rsum", "dev_rsum", "parameters", "bootstrap")
+        cca = read_json(path)
         columns = recalls("linear CCA, mean region and words", [cca], [cca["dev_rsum"]])
         size = f"{cca['parameters'] / 1e6:.2f} M"
         rest = {"epochs": "–", "parameters": size, "training": "closed form", "on": "–"}
         rows.append(columns | {"seeds": "–"} | rest)
-    for title, seeds in read_set(results, "flickr8k").items():
+    for title, seeds in read_set("flickr8k").items():
         columns = recalls(title, [seed.test for seed in seeds], [seed.dev for seed in seeds])
         epochs = statistics.mean(seed.log["train"][-1]["epoch"] + 1 for seed in seeds)
         rows.append(columns | {"epochs": f"{epochs:.0f}"} | cost(seeds))
     return rows
 
 
-def scene_rows(results: Path) -> list[dict[str, str]]:
+def scene_rows() -> list[dict[str, str]]:
     """Accuracy on relations, attributes and counts: a row a variant."""
     return [
         {"model": title, "seeds": str(len(seeds))}
         | {kind: spread([seed.diagnosis[kind]["accuracy"] for seed in seeds]) for kind in KINDS}
         | {"test rsum": spread([seed.test["rsum"] for seed in seeds])} | cost(seeds)
-        for title, seeds in read_set(results, "scenes").items()
+        for title, seeds in read_set("scenes").items()
     ]  # fmt: skip
 
 
-def paper_rows(results: Path) -> list[dict[str, str]]:
-    """How long the paper's trainings would take at the measured training step."""
-    rows = []
-    for path in sorted((results / "speed").glob("*.json")):
-        found = read_json(path, "machine")
+def paper_tables() -> str:
+    """Measured runs of reproduce.sh; and how long a run takes at the measured training step."""
+    measured, steps = [], []
+    for path in sorted((ROOT / "results/paper").glob("*/test*.json")):
+        test, dev = read_json(path), max(line["rsum"] for line in read_log(path.parent)["dev"])
+        measured.append(recalls(f"{path.parent.name}: {test['protocol']}", [test], [dev]))
+    for path in sorted((ROOT / "results/speed").glob("*.json")):
+        found = read_json(path)
         for step in found.get("training", []):
             if "batch 128, paper size" in step["what"] and "official" not in step["way"]:
                 row = {"on": found["machine"]["device"], "precision": step["way"],
                        "a step": f"{step['seconds']:.2f} s"}  # fmt: skip
-                for name, steps in PAPER.items():
-                    row[f"{name}, {steps:,} steps"] = f"{steps * step['seconds'] / 3600:,.0f} h"
-                rows.append(row)
-    return rows
+                for name, n in PAPER.items():
+                    row[f"{name}, {n:,} steps"] = f"{n * step['seconds'] / 3600:,.0f} h"
+                steps.append(row)
+    return f"{markdown(measured)}\n\n{markdown(steps)}" if measured else markdown(steps)
 
 
 def plain(title: str) -> str:
@@ -199,8 +177,9 @@ def scenes_figure(found: dict[str, list[Seed]]) -> plt.Figure:
     return fig
 
 
-def draw(path: Path, figure: Callable[[dict], plt.Figure], found: dict) -> None:
+def draw(name: str, figure: Callable[[dict], plt.Figure], found: dict) -> None:
     if found:
+        path = ROOT / "fig" / name
         atomic_write(path, lambda file: figure(found).savefig(file, format="png", dpi=110))
 
 
@@ -219,34 +198,30 @@ def fill(text: str, name: str, table: str, where: Path) -> str:
 @one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--root", default=ROOT, type=Path, help="folder of README.md, results, fig")
-    parser.add_argument("--write", action="store_true", help="write the tables and figures")
-    parser.add_argument("--check", action="store_true", help="compare the tables with the files")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true", help="write the tables and figures")
+    what.add_argument("--check", action="store_true", help="compare the tables with the files")
     opt = parser.parse_args()
-    results = opt.root / "results"
-    photos = photo_rows(results)
+    photos = photo_rows()
     short = [{column: row[column] for column in SHORT} for row in photos]
     tables = {
-        opt.root / "README.md": {"results": short},
-        results / "README.md": {"flickr8k": photos, "scenes": scene_rows(results),
-                                "paper": paper_rows(results)},
+        ROOT / "README.md": {"results": markdown(short)},
+        ROOT / "results/README.md": {"flickr8k": markdown(photos), "scenes": markdown(scene_rows()),
+                                     "paper": paper_tables()},
     }  # fmt: skip
     for path, by_name in tables.items():
-        text = made = path.read_text(encoding="utf-8")
-        for name, rows in by_name.items():
-            table = markdown(rows)
-            made = fill(made, name, table, path)
-            if not (opt.write or opt.check):
-                print(table, end="\n\n")
-        if opt.check and text != made:
+        before = text = path.read_text(encoding="utf-8")
+        for name, table in by_name.items():
+            text = fill(text, name, table, path)
+        if opt.check and text != before:
             print(f"{path}: its tables are not those of the logs: --write", file=sys.stderr)
             sys.exit(1)
         if opt.write:
-            atomic_write(path, lambda file, made=made: file.write(made.encode()))
+            atomic_write(path, lambda file, text=text: file.write(text.encode()))
     if opt.write:
-        photos = {plain(title): s[0].log for title, s in read_set(results, "flickr8k").items()}
-        draw(opt.root / "fig/flickr8k.png", curves_figure, photos)
-        draw(opt.root / "fig/scenes.png", scenes_figure, read_set(results, "scenes"))
+        photos = {plain(title): s[0].log for title, s in read_set("flickr8k").items()}
+        draw("flickr8k.png", curves_figure, photos)
+        draw("scenes.png", scenes_figure, read_set("scenes"))
 
 
 if __name__ == "__main__":
