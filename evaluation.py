@@ -42,7 +42,7 @@ from vocab import Vocabulary, vocab_file
 
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
 ENCODE_BATCH = 100  # the official code's; with its padding a caption's embedding depends on it
-ATTENTION_NUMEL = 2**21  # numbers of a batch's self-attention; only captions over 145 words exceed it
+ATTENTION_NUMEL = 2**21  # of a batch of captions; only those over 145 words need smaller batches
 SCORE_CHUNK = {"cpu": (16, 512), "cuda": (128, 1024)}  # images, words that are scored at once
 N_FOLDS = 5
 COLLAPSED = 1e-6  # scores this close together are one score

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, call, refused, succeeded
 
+import utils
 from utils import InputError, atomic_write, check_targets, one_line
+
+CPU = torch.device("cpu")
 
 # -- output files ---------------------------------------------------------------------------------
 
@@ -178,3 +182,50 @@ def test_output_that_nobody_takes_ends_quietly_or_in_one_line(tmp_path):
     statuses = [int(status) for status in succeeded(result).split()]
     said = [(tmp_path / f"stderr{k}").read_text() for k in range(len(ENDS))]
     assert [*zip(statuses, said, strict=True)] == [end[3:] for end in ENDS]
+
+
+# -- the library that multiplies ------------------------------------------------------------------
+
+
+@pytest.fixture
+def switch():
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    yield switch
+    switch.fp32_precision = before
+
+
+def seconds_of(monkeypatch, default, onednn):
+    """Timed products take these seconds."""
+    times = iter([[default], [onednn]])
+    monkeypatch.setattr(utils.timeit, "repeat", lambda *_, **__: next(times))
+
+
+def test_a_faster_exact_library_is_kept_and_a_slower_one_is_not(switch, monkeypatch):
+    monkeypatch.setattr(utils, "products_are_exact", lambda: switch.fp32_precision == "bf16")
+    before = switch.fp32_precision
+    seconds_of(monkeypatch, default=1.0, onednn=0.9)
+    assert utils.choose_matmul(CPU) == "default" and switch.fp32_precision == before
+    seconds_of(monkeypatch, default=1.0, onednn=0.5)
+    assert utils.choose_matmul(CPU) == "onednn" and switch.fp32_precision == "bf16"
+    switch.fp32_precision = before
+    assert utils.choose_matmul(CPU, "default") == "default" and switch.fp32_precision == before
+    assert utils.choose_matmul(torch.device("cuda")) == "default"
+
+
+@pytest.mark.parametrize("bits", [16, 13])  # that bfloat16 and tf32 drop
+@pytest.mark.parametrize("form", ["__matmul__", "linear", "baddbmm"])
+def test_a_lossy_library_is_rejected(switch, monkeypatch, form, bits):
+    owner = {"__matmul__": torch.Tensor, "linear": utils.F, "baddbmm": torch}[form]
+    exact = getattr(owner, form)
+
+    def rounded(x):
+        if x.dtype != torch.float32 or switch.fp32_precision != "bf16":
+            return x
+        return (x.contiguous().view(torch.int32) >> bits << bits).view(torch.float32)
+
+    monkeypatch.setattr(owner, form, lambda *tensors: exact(*map(rounded, tensors)))
+    before = switch.fp32_precision
+    assert utils.products_are_exact()
+    assert utils.choose_matmul(CPU, "onednn") == "default"
+    assert switch.fp32_precision == before
