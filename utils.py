@@ -240,11 +240,15 @@ def choose_matmul(device: torch.device, choice: str = "auto") -> str:
     switch = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer have it
     if device.type != "cpu" or choice == "default" or not hasattr(switch, "fp32_precision"):
         return "default"
-    x, before, seconds = torch.full((640, 640), 0.5), switch.fp32_precision, {}
-    for setting in (before, "bf16"):
-        switch.fp32_precision = setting
-        seconds[setting] = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
-    faster = choice == "onednn" or seconds["bf16"] < 0.75 * seconds[before]
+    x, before, threads = torch.full((512, 512), 0.5), switch.fp32_precision, torch.get_num_threads()
+    seconds: dict[str, list[float]] = {before: [], "bf16": []}
+    torch.set_num_threads(1)  # processor time of one thread: a busy machine changes it little
+    for _ in range(8):
+        for setting, times in seconds.items():
+            switch.fp32_precision = setting
+            times.append(timeit.timeit(lambda: x @ x, timer=time.process_time, number=1))
+    torch.set_num_threads(threads)
+    faster = choice == "onednn" or min(seconds["bf16"]) < 0.75 * min(seconds[before])
     if faster and products_are_exact():
         return "onednn"
     switch.fp32_precision = before

@@ -1,31 +1,34 @@
-"""How fast LHSC is here: against the released loop, and against this machine's matrix products.
+"""How fast this code is here, beside the official loop and beside bare matrix products.
 
-    python scripts/benchmark.py                          # full size, some minutes
-    python scripts/benchmark.py --quick                  # smaller batches, under a minute
-    python scripts/benchmark.py --json cpu.json
-    python scripts/benchmark.py --table cpu.json         # the table of an earlier run
-    python scripts/benchmark.py --checkpoints runs/demo/checkpoint/model_best.pth.tar
-                                        # also: what bfloat16 does to a trained model's ranks
+    python scripts/benchmark.py                         # scoring training encoding processes
+    python scripts/benchmark.py scoring --quick         # smaller, under a minute
+    python scripts/benchmark.py search --checkpoints runs/demo/checkpoint/model_best.pth.tar
+    python scripts/benchmark.py --device cuda --json results/speed/gpu.json
+    python scripts/benchmark.py --write                 # results/speed/*.json → results/README.md
 
-One random model of full size (D 1024, S 256, 36 × 2048 regions, 8,481 words) and captions whose
-lengths follow Flickr30K's (15.6 words with <start> and <end>, up to 81) are scored, trained on and
-encoded in turn by tests/reference.py, a literal version of the released way (a loop over captions;
-every image encoded once per caption, kept in padded float64), and by this code. The two and a
-large matrix product take turns within a round, and ratios are medians over the rounds, so that a
-machine whose clock wanders does not favour either.
+scoring     100 images × 500 captions from their embeddings (on a GPU 1,000 × 1,000)
+training    a step at batch 128: of the paper's size (D 1024), and of one for CPUs (D 256)
+encoding    200 images and their 1,000 captions
+search      recall with few candidates, and time per query; runs only if named
+processes   a training step by one process and by several, one thread or one GPU each
 
-`share of matmul` is how close scoring comes to doing nothing but its matrix products at the speed
-of a 2048³ one: (4 R D + 2 D S) operations a word and image, 2 D S a caption and image.
+The model is random. The captions are as long as Flickr30K's. What is compared takes turns, and
+figures are medians over the turns, so that a changing clock rate favours nobody.
+
+The official loop is tests/reference.py: one caption at a time, as in the authors' code. It runs
+with torch's default switches, as its users run it. If this code chooses another library for its
+matrix products, the loop is measured with that library as well. The limit of the scoring is the
+time of its matrix products alone, at the rate of the fastest product of the same precision here.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import ctypes
+import functools
 import gc
 import json
-import math
+import os
 import re
 import statistics
 import subprocess
@@ -34,80 +37,108 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 import numpy as np
 import torch
-from reference import ReleasedLHSC, score_loop
+from reference import OfficialLHSC, score_loop
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from checkpoint import rename_released, save_checkpoint
-from data import Batch, PrecompDataset, train_loader
-from errors import InputError, one_line
-from evaluation import (
-    PRECISIONS,
-    encode_captions,
-    encode_images,
-    load,
-    score,
+import distributed
+from attention import word_mean
+from checkpoint import rename_official
+from data import Batch, Captions, PrecompDataset, pad
+from evaluation import encode_captions, encode_images, load, score
+from metrics import recalls, t2i_ranks
+from model import LHSC, EncodedCaptions, EncodedImages, triplet_loss
+from utils import (
+    InputError,
+    at_least,
+    atomic_write,
+    check_targets,
+    choose_matmul,
+    cpu_name,
+    one_line,
+    products_are_exact,
     select_device,
 )
-from metrics import retrieval_metrics
-from model import LHSC, triplet_loss
-from scoring import Scorer
-from similarity import EncodedCaptions, EncodedImages
-from train import cpu_name, train_step
 from vocab import SPECIAL_TOKENS, Vocabulary
 
-R, IMG_DIM, D, S, WORD_DIM, VOCAB = 36, 2048, 1024, 256, 300, 8481
-LONGEST = 81  # words of Flickr30K's longest caption, the special tokens counted
-N_EVALUATION = 1000  # images of Flickr30K's test split
-PARTS = ("scoring", "training", "encoding", "loading", "scaling", "evaluation")
+WORD_DIM, VOCAB_SIZE = 300, 8481
+LONGEST = 81  # words of Flickr30K's longest caption, with <start> and <end>
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, for matrix products
+DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}  # of this code's large products
+CANDIDATES = (10, 20, 50, 100, 200)
 
 
-# -- a model, data, a clock -----------------------------------------------------------------------
+class Size(NamedTuple):
+    R: int
+    img_dim: int
+    D: int
+    S: int
 
 
-def models(device: torch.device) -> tuple[ReleasedLHSC, LHSC]:
-    """The released modules and ours with the same weights, those of graph BatchNorms random."""
+SIZES = {"paper": Size(36, 2048, 1024, 256), "small": Size(36, 256, 256, 64)}
+
+
+# -- a model and data -----------------------------------------------------------------------------
+
+
+def models(size: Size, device: torch.device) -> tuple[OfficialLHSC, LHSC]:
+    """The official modules and ours, with the same random weights."""
     torch.manual_seed(0)
-    released = ReleasedLHSC(IMG_DIM, D, S, WORD_DIM, VOCAB, R)
-    for name, tensor in released.img_enc.state_dict().items():
-        if "W.1" in name and name.endswith("weight"):  # the scale that starts as 0
-            tensor.uniform_(0, 0.2)
-    ours = LHSC(VOCAB, IMG_DIM, R, D, WORD_DIM, S, padding="released")
-    parts = (released.img_enc, released.txt_enc, released.sim_enc)
-    ours.load_state_dict(rename_released(*(part.state_dict() for part in parts)))
-    return released.to(device).eval(), ours.to(device).eval()
+    official = OfficialLHSC(size.img_dim, size.D, size.S, WORD_DIM, VOCAB_SIZE, size.R)
+    ours = LHSC(VOCAB_SIZE, size.img_dim, size.R, size.D, WORD_DIM, size.S)
+    parts = (official.img_enc, official.txt_enc, official.sim_enc)
+    ours.load_state_dict(rename_official(*(part.state_dict() for part in parts)))
+    return official.to(device).eval(), ours.to(device).eval()
 
 
-def caption_lengths(n: int) -> Tensor:
-    """Flickr30K's distribution, near enough: log-normal, mean 15.6, 5 to 81 words.
-
-    Its longest caption, which decides how wide a padded array is, is in a sample of a test set's
-    size.
-    """
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.exp(math.log(14.7) + 0.35 * torch.randn(n, generator=generator))
-    lengths = lengths.round().clamp(5, LONGEST).long()
-    if n >= 1000:
-        lengths[n // 2] = LONGEST
-    return lengths
+def vocabulary() -> Vocabulary:
+    words = (f"w{k}" for k in range(VOCAB_SIZE - len(SPECIAL_TOKENS)))
+    return Vocabulary([*SPECIAL_TOKENS, *words])
 
 
-def random_captions(lengths: Tensor) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(4, VOCAB, (int(n),), generator=generator) for n in lengths]
+def random_captions(n: int) -> Captions:
+    """n captions with lengths like Flickr30K's: log-normal, mean 15.6, 5 to 81 words."""
+    rng = np.random.default_rng(1)
+    lengths = np.exp(np.log(14.7) + 0.35 * rng.standard_normal(n)).round().clip(5, LONGEST)
+    words = rng.integers(VOCAB_SIZE - len(SPECIAL_TOKENS), size=(n, LONGEST))
+    texts = [
+        " ".join(f"w{k}" for k in row[: int(length) - 2])
+        for row, length in zip(words, lengths, strict=True)
+    ]
+    return Captions(texts, vocabulary())
 
 
-def padded(captions: list[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
+def random_batch(size: Size, n: int) -> Batch:
+    captions = random_captions(n)
+    order = captions.lengths.argsort(descending=True)
+    padded, lengths = pad([captions.words(int(k)) for k in order])
+    return Batch(torch.rand(n, size.R, size.img_dim), padded, lengths, order, order)
+
+
+def random_encodings(
+    model: LHSC, size: Size, n_images: int, n_captions: int, device: torch.device
+) -> tuple[EncodedImages, EncodedCaptions]:
+    """Unit vectors around a common direction, as those of a trained model are."""
+    lengths = random_captions(n_captions).lengths.to(device)
+    regions = normalize(torch.randn(n_images, size.R, size.D, device=device) + 0.5, dim=-1)
+    words = normalize(torch.randn(int(lengths.sum()), size.D, device=device) + 0.5, dim=-1)
+    with torch.inference_mode():
+        images = EncodedImages(regions, model.similarity.image_global(regions))
+        caption_global = model.similarity.caption_global(words, lengths)
+        return images, EncodedCaptions(words, caption_global, lengths)
+
+
+# -- clocks ---------------------------------------------------------------------------------------
 
 
 def clock(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds `work` takes."""
+    """Seconds that `work` takes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -117,21 +148,21 @@ def clock(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes `work` holds at most beyond what was held before; None where it cannot be told."""
+def peak_memory(work: Callable[[], object], device: torch.device) -> float | None:
+    """MB that `work` takes at most beyond what is held before it; None without Linux's /proc."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
-        return torch.cuda.max_memory_allocated(device) - before
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
-    def status(name: str) -> int:
+    def status(name: str) -> float:
         text = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", text)[1])
+        return 1.024e-3 * int(re.search(rf"{name}:\s+(\d+) kB", text)[1])
 
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, or it would hide what is taken
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or it would be used unseen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = status("VmRSS")
     except (OSError, AttributeError):
@@ -141,520 +172,393 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
     return status("VmHWM") - before
 
 
-def matmul(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
-    """A measurement of the rate of a large matrix product: operations a second."""
-    n = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return lambda: 2 * n**3 / min(clock(lambda: a @ b, device) for _ in range(3))
+def compare(
+    what: str,
+    works: dict[str, Callable[[], object]],
+    n: int,
+    device: torch.device,
+    limits: dict[str, Callable[[], float]] | None = None,
+) -> list[dict]:
+    """A row for each work, measured n times: seconds, how much faster than the loops, memory.
 
+    limits: seconds that no work of a precision can go below, measured in the same turns.
 
-def rounds(n: int, **work: Callable[[], float]) -> dict[str, list[float]]:
-    """Each of `work` measured n times, in turns."""
-    results: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(n):
-        for name, measure in work.items():
-            results[name].append(measure())
-    return results
-
-
-def median_ratio(a: list[float], b: list[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
-
-
-# -- what is measured -----------------------------------------------------------------------------
-
-
-def random_encodings(model: LHSC, n_images: int, n_captions: int, device: torch.device):
-    """Encodings of a given size: unit vectors around a common direction, as of a trained model."""
-    generator = torch.Generator(device).manual_seed(3)
-
-    def units(*shape: int) -> Tensor:
-        x = torch.randn(*shape, generator=generator, device=device)
-        x += torch.ones_like(x[..., :1]) / 2
-        return x.div_(x.norm(dim=-1, keepdim=True))
-
-    lengths = caption_lengths(n_captions).to(device)
-    with torch.inference_mode():
-        regions, words = units(n_images, R, D), units(int(lengths.sum()), D)
-        images = EncodedImages(regions, model.similarity.region_pooling(regions))
-        return images, EncodedCaptions(
-            words, model.similarity.word_pooling(words, lengths), lengths
-        )
-
-
-def operations(n_images: int, lengths: Tensor) -> int:
-    """Of the matrix products of scoring that cannot be avoided."""
-    per_image = int(lengths.sum()) * (4 * R * D + 2 * D * S) + len(lengths) * 2 * D * S
-    return n_images * per_image
-
-
-def scoring(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
-    """All images × all captions, given their embeddings."""
-    cpu = device.type == "cpu"
-    n_images = 100 if cpu else 1000  # 100: the released code's shard
-    n_captions = (100 if quick else 500) if cpu else (1000 if quick else 5000)
-    images, captions = random_encodings(ours, n_images, n_captions, device)
-    words = padded(list(captions.word_emb.split(captions.lengths.tolist())))
-    scorers = {
-        name: Scorer(ours.similarity, dtype)
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }
-    shards = [slice(i, i + 100) for i in range(0, n_images, 100)]
-    lengths = captions.lengths.tolist()
-
-    @torch.inference_mode()
-    def loop() -> Tensor:
-        shard = [images.region_emb[rows] for rows in shards]
-        return torch.cat([score_loop(released.sim_enc, x, words, lengths).cpu() for x in shard])
-
-    def ours_in(name: str) -> Tensor:
-        return torch.cat([tile.cpu() for _, tile in scorers[name].tiles(images, captions)], dim=1)
-
-    ways = {"loop": loop, "fp32": lambda: ours_in("fp32"), "bf16": lambda: ours_in("bf16")}
-    sims, peak = {}, {}
-    for name, way in ways.items():
-        peak[name] = peak_memory(lambda name=name, way=way: sims.update({name: way()}), device)
-    measured = rounds(
-        5,
-        matmul_fp32=matmul(torch.float32, device),
-        loop=lambda: clock(ways["loop"], device),
-        fp32=lambda: clock(ways["fp32"], device),
-        matmul_bf16=matmul(torch.bfloat16, device),
-        bf16=lambda: clock(ways["bf16"], device),
-    )
-    pairs, work = n_images * n_captions, operations(n_images, captions.lengths)
-    result: dict = {
-        "n_images": n_images,
-        "n_captions": n_captions,
-        "n_words": len(captions.word_emb),
-    }
-    for name in ways:
-        seconds = statistics.median(measured[name])
-        rates = measured["matmul_bf16" if name == "bf16" else "matmul_fp32"]
-        result[name] = {
-            "seconds": seconds,
-            "pairs_per_s": pairs / seconds,
-            "ratio": median_ratio(measured["loop"], measured[name]),
-            "matmul_share": statistics.median(
-                work / rate / t for rate, t in zip(rates, measured[name], strict=True)
-            ),
-            "peak_memory": peak[name],
-            "largest_difference": (sims[name] - sims["loop"]).abs().max().item(),
-            "same_rank_order": same_order(sims[name], sims["loop"]),
-        }
-    result["matmul"] = {
-        name: statistics.median(measured[f"matmul_{name}"]) for name in ("fp32", "bf16")
-    }
-    return result
-
-
-def same_order(a: Tensor, b: Tensor) -> bool:
-    """Whether every image ranks the captions alike in both, and every caption the images.
-
-    Scores that are equal in one of the two to the last bit may stand in either order.
+    Raises:
+        InputError: if a work is faster than its limit, which then was not measured well.
     """
-    alike = True
-    for x, y in ((a, b), (a.T, b.T)):
-        order = x.argsort(dim=1)
-        x, y = x.gather(1, order), y.gather(1, order)
-        alike &= bool(((y.diff(dim=1) >= 0) | (x.diff(dim=1) == 0)).all())
-    return alike
+    limits = limits or {}
+    peak = {name: peak_memory(work, device) for name, work in works.items()}  # and warm up
+    measures = {name: functools.partial(clock, work, device) for name, work in works.items()}
+    measures |= {f"limit {precision}": limit for precision, limit in limits.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(n):
+        for name, measure in measures.items():
+            seconds[name].append(measure())
 
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
-def saved_bytes(step: Callable[[], object], model: torch.nn.Module) -> int:
-    """Bytes autograd keeps between the forward and the backward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = step()
-    del loss
-    return sum(kept.values())
-
-
-def training(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
-    """Steps: encode, score, hardest negatives, backward, clip, Adam."""
-    size = 48 if quick and device.type == "cpu" else 128
-    lengths = caption_lengths(size).sort(descending=True).values
-    batch = Batch(
-        torch.rand(size, R, IMG_DIM), padded(random_captions(lengths)), lengths,
-        torch.arange(size), torch.arange(size),
-    ).to(device)  # fmt: skip
-
-    def forward(model: torch.nn.Module) -> Tensor:
-        return triplet_loss(model(batch.images, batch.captions, batch.lengths))
-
-    result: dict = {"batch": size}
-    step: dict[str, Callable[[], object]] = {}
-    models = {"loop": released, "ours": ours, "bf16": copy.deepcopy(ours).mixed_precision()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for name, model in models.items():
-        model.train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
-        step[name] = lambda model=model, optimizer=optimizer: train_step(model, optimizer, batch)
-        result[name] = {
-            "saved_activations": saved_bytes(lambda model=model: forward(model), model),
-            "peak_memory": peak_memory(step[name], device),  # Adam's moments are made here, too
-        }
-    for _ in range(1 if quick else 2):
-        for name in step:
-            seconds[name].append(clock(step[name], device))
-    for name in step:
-        result[name]["seconds"] = statistics.median(seconds[name])
-    for model in (released, ours):
-        model.eval()
-        model.zero_grad()
-    result["ratio"] = median_ratio(seconds["loop"], seconds["ours"])
-    result["bf16"]["ratio"] = median_ratio(seconds["loop"], seconds["bf16"])
-    result["saved_ratio"] = (
-        result["loop"]["saved_activations"] / result["ours"]["saved_activations"]
-    )
-    return result
-
-
-def random_dataset(n_images: int, n_captions: int) -> SimpleNamespace:
-    """What encoding needs of a data set, in memory."""
-    lengths = caption_lengths(n_captions)
-    captions = random_captions(lengths)
-    images = torch.rand(n_images, R, IMG_DIM, generator=torch.Generator().manual_seed(4))
-
-    def caption_blocks(order: Tensor, size: int):
-        for block in order.split(size):
-            yield padded([captions[i] for i in block]), lengths[block], block
-
-    return SimpleNamespace(
-        n_images=n_images, images=images, captions=captions, lengths=lengths,
-        image_blocks=lambda size, rows: images[rows].split(size), caption_blocks=caption_blocks,
-    )  # fmt: skip
-
-
-@torch.inference_mode()
-def encode_released(model: ReleasedLHSC, data: SimpleNamespace, device: torch.device):
-    """Each caption with its image, in batches of 100, into padded float64 arrays."""
-    n, per_image = len(data.captions), len(data.captions) // data.n_images
-    longest = int(data.lengths.max())
-    img_embs, cap_embs = np.zeros((n, R, D)), np.zeros((n, longest, D))
-    for start in range(0, n, 100):
-        rows = slice(start, min(start + 100, n))
-        images = data.images[torch.arange(n)[rows] // per_image].to(device)
-        captions = padded(data.captions[rows]).to(device)
-        img_embs[rows] = model.img_enc(images).cpu().numpy()
-        words = model.txt_enc(captions, data.lengths[rows].tolist()).cpu().numpy()
-        cap_embs[rows, : words.shape[1]] = words
-    return img_embs, cap_embs
-
-
-def encoding(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
-    """Images and their five captions each, once."""
-    n_images = 40 if quick and device.type == "cpu" else 1000
-    data = random_dataset(n_images, 5 * n_images)
-    kept: dict[str, int] = {}
-    padding, ours.text_encoder.padding = ours.text_encoder.padding, "masked"  # our default
-
-    def mine() -> None:
-        both = (encode_images(ours, data, device), encode_captions(ours, data, device))
-        kept["ours"] = sum(x.nbytes for part in both for x in part)
-
-    def theirs() -> None:
-        kept["released"] = sum(x.nbytes for x in encode_released(released, data, device))
-
-    measured = rounds(1, released=lambda: clock(theirs, device), ours=lambda: clock(mine, device))
-    ours.text_encoder.padding = padding
-    return {
-        "n_images": n_images,
-        "n_captions": 5 * n_images,
-        **{k: {"seconds": v[0], "memory": kept[k]} for k, v in measured.items()},
-        "ratio": median_ratio(measured["released"], measured["ours"]),
-        "memory_ratio": kept["released"] / kept["ours"],
-    }
-
-
-def scaling(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
-    """Scoring time at three sizes each of images, captions, words a caption: seconds."""
-    factor = 1 if device.type == "cpu" else 20
-    scorer, result = Scorer(ours.similarity), {}
-    for what in ("images", "captions", "words"):
-        times = {}
-        for size in (1, 2, 4):
-            n_images = factor * 25 * (size if what == "images" else 1)
-            n_captions = factor * 60 * (size if what == "captions" else 1)
-            images, captions = random_encodings(ours, n_images, n_captions, device)
-            if what == "words":
-                repeated = captions.word_emb.repeat(size, 1)
-                captions = EncodedCaptions(
-                    repeated, captions.caption_global, captions.lengths * size
+    rows = []
+    for name in works:
+        row = {"what": what, "way": name, "seconds": statistics.median(seconds[name])}
+        row |= {f"× {loop}": ratio(loop, name) for loop in works if loop.startswith("official")}
+        if limits:
+            share = 100 * ratio(f"limit {name if name in limits else 'fp32'}", name)
+            if share > 100:
+                raise InputError(
+                    f"{name}: {share:.0f} % of what the matrix products allow. The machine was "
+                    "busy while these were measured; run it again"
                 )
-            amount = {"images": n_images, "captions": n_captions, "words": len(captions.word_emb)}
-            times[str(amount[what])] = min(
-                clock(lambda i=images, c=captions: list(scorer.tiles(i, c)), device)
-                for _ in range(5)
-            )
-        result[what] = times
+            row["% of the limit"] = share
+        rows.append(row | {"peak MB": peak[name]})
+    return rows
+
+
+# -- matrix products ------------------------------------------------------------------------------
+
+
+def use(product: str) -> None:
+    """Who multiplies fp32 matrices: "default" of torch, "onednn" (CPU) or "tf32" (GPU)."""
+    if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16" if product == "onednn" else "none"
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if product == "tf32" else "ieee"
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = product == "tf32"
+
+
+def using(product: str, work: Callable[..., object], *arguments: object) -> Callable[[], object]:
+    def run() -> object:
+        use(product)
+        return work(*arguments)
+
+    return run
+
+
+def ways(
+    loop: Callable[[], object], ours: Callable[[torch.dtype | None], object], machine: dict
+) -> dict[str, Callable[[], object]]:
+    """The official loop, and this code in each precision, with the products that each uses."""
+    chosen, result = machine["chosen"], {"official loop": using("default", loop)}
+    if chosen != "default":
+        result[f"official loop, {chosen}"] = using(chosen, loop)
+    for precision in machine["products"]:
+        product = "tf32" if precision == "tf32" else chosen
+        result[precision] = using(product, ours, DTYPES[precision])
     return result
 
 
-def write_split(folder: Path, split: str, n_images: int) -> Vocabulary:
-    """Random regions and captions in SCAN's layout, and the vocabulary of full size."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    shape = (n_images, R, IMG_DIM)
-    ims = np.lib.format.open_memmap(folder / f"{split}_ims.npy", "w+", np.float32, shape)
-    for image in ims:
-        image[:] = rng.random(shape[1:], dtype=np.float32)
-    ims.flush()
-    names = [f"w{i}" for i in range(VOCAB - 4)]
-    captions = random_captions(caption_lengths(5 * n_images) - 2)
-    lines = (" ".join(names[i - 4] for i in caption.tolist()) for caption in captions)
-    (folder / f"{split}_caps.txt").write_text("\n".join(lines) + "\n")
-    return Vocabulary([*SPECIAL_TOKENS, *names])
+def rate(product: str, device: torch.device, n: int, S: int) -> float:
+    """Operations per second of the faster of two products: (n, n) · (n, n), and D → S."""
+    use(product)
+    dtype = torch.bfloat16 if product == "bf16" else torch.float32
+    rates = []
+    for rows, inner, columns in ((n, n, n), (4 * n, n // 2, S)):
+        a = torch.randn(rows, inner, device=device, dtype=dtype)
+        b = torch.randn(inner, columns, device=device, dtype=dtype)
+        fastest = min(clock(lambda a=a, b=b: a @ b, device) for _ in range(3))
+        rates.append(2 * rows * inner * columns / fastest)
+    return max(rates)
 
 
-def loading(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
-    """Seconds to load and collate a training batch of 128 from a memory-mapped file."""
-    with tempfile.TemporaryDirectory() as folder:
-        vocab = write_split(Path(folder) / "random", "train", 300)
-        dataset = PrecompDataset(folder, "random", "train", vocab)
-        start, n = time.perf_counter(), 0
-        for _ in train_loader(dataset, 128, workers=0, seed=0):
-            n += 1
-        return {"batch": 128, "seconds_per_batch": (time.perf_counter() - start) / n}
-
-
-def evaluation(released: ReleasedLHSC, ours: LHSC, device: torch.device, quick: bool) -> dict:
-    """`python evaluation.py` on a test split of Flickr30K's size: wall time and memory."""
-    n_images = N_EVALUATION
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        vocab = write_split(folder / "random_precomp", "test", n_images)
-        vocab.save(folder / "vocab" / "random_precomp_vocab.json")
-        ours.text_encoder.padding = "masked"
-        opt = {
-            "data_path": str(folder), "data_name": "random_precomp",
-            "vocab_path": str(folder / "vocab"), "vocab_size": VOCAB, "img_dim": IMG_DIM,
-            "num_regions": R, "embed_size": D, "word_dim": WORD_DIM, "sim_dim": S, "num_layers": 1,
-            "bi_gru": True, "graph_layers": 4, "text_layers": 4, "drop_out": 0.0,
-            "embed_dropout": 0.4, "pool_dropout": 0.4, "no_imgnorm": False, "no_txtnorm": False,
-            "padding": "masked",
-        }  # fmt: skip
-        checkpoint = {"epoch": 0, "Eiters": 0, "best_rsum": 0.0, "opt": opt}
-        save_checkpoint(checkpoint | {"model": ours.state_dict()}, folder / "model.pth.tar")
-        command = [sys.executable, "-W", "ignore", "-c", TIMED_EVALUATION, str(ROOT), "--device",
-                   str(device), "--model_path", str(folder / "model.pth.tar")]  # fmt: skip
-        start = time.perf_counter()
-        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        wall = time.perf_counter() - start
-    if process.returncode:
-        raise InputError(f"evaluation.py failed: {process.stdout}")
-    parts = json.loads(process.stdout.splitlines()[-1])
-    return {
-        "n_images": n_images, "n_captions": 5 * n_images, "seconds": wall,
-        "encode_seconds": parts["encode_images"] + parts["encode_captions"],
-        "score_seconds": parts["score"], "peak_memory": parts["peak_memory"],
+def describe(device: torch.device) -> dict:
+    """The machine, the library this code chooses, and the products that each precision may use."""
+    machine = {"torch": torch.__version__, "chosen": choose_matmul(device)}
+    if device.type == "cuda":
+        products = {"fp32": ["default"], "tf32": ["tf32"], "bf16": ["bf16"]}
+        return machine | {"device": torch.cuda.get_device_name(device), "products": products}
+    products = {"fp32": ["default"]}
+    use("onednn")
+    if products_are_exact():
+        products["fp32"].append("onednn")
+    # A processor without bf16 instructions may be hundreds of times slower in it.
+    if rate("bf16", device, 256, 64) > rate("default", device, 256, 64):
+        products["bf16"] = ["bf16"]
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+    default = "MKL" if torch.backends.mkl.is_available() else "PyTorch's default library"
+    return machine | {
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads", "products": products,
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "library": "oneDNN" if machine["chosen"] == "onednn" else default,
     }  # fmt: skip
 
 
-# evaluation.py with a clock around its parts; the last line it prints is their seconds.
-TIMED_EVALUATION = """
-import json, pathlib, sys, time
-sys.path.insert(0, sys.argv.pop(1))
-import evaluation
-seconds = {}
-def timed(name):
-    work = getattr(evaluation, name)
-    def run(*args):
-        start = time.perf_counter()
-        result = work(*args)
-        seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
-        return result
-    setattr(evaluation, name, run)
-for name in ("encode_images", "encode_captions", "score"):
-    timed(name)
-evaluation.main()
-status = pathlib.Path("/proc/self/status")  # (ru_maxrss would count the parent's memory, too)
-lines = status.read_text().splitlines() if status.exists() else []
-peak = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-print(json.dumps(seconds | {"peak_memory": peak[0] if peak else None}))
-"""
+# -- the parts: each returns the rows of a table --------------------------------------------------
 
 
-def precision(path: Path, device: torch.device) -> dict:
-    """Test scores of a trained model in float32 and in bfloat16: recalls and how ranks agree."""
-    model, settings, vocab = load(path, argparse.Namespace())
-    dataset = PrecompDataset(settings["data_path"], settings["data_name"], "test", vocab)
-    model, owner = model.to(device), dataset.image_of_caption
-    images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
-    sims = {name: score(model, images, captions, dtype) for name, dtype in PRECISIONS.items()}
-    a, b = sims["fp32"], sims["bf16"]
+def scoring(opt: argparse.Namespace, machine: dict, device: torch.device) -> list[dict]:
+    """All images × all captions, from their embeddings."""
+    size, cpu = SIZES["paper"], device.type == "cpu"
+    n_images, n_captions = (100, 100 if opt.quick else 500) if cpu else (1000, 1000)
+    official, ours = models(size, device)
+    images, captions = random_encodings(ours, size, n_images, n_captions, device)
+    lengths = captions.lengths.tolist()
+    words = torch.nn.utils.rnn.pad_sequence(captions.word_emb.split(lengths), batch_first=True)
 
-    def agreement(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-        top_x, top_y = (np.argsort(-z, axis=1, kind="stable")[:, :10] for z in (x, y))
-        shared = [len(set(m) & set(n)) / len(m) for m, n in zip(top_x, top_y, strict=True)]
-        first = (top_x[:, 0] == top_y[:, 0]).mean()
-        return {"same_first": 100 * float(first), "top10_shared": 100 * float(np.mean(shared))}
+    @torch.inference_mode()
+    def loop() -> Tensor:
+        shards = images.region_emb.split(100)  # the official code's
+        return torch.cat([score_loop(official.sim_enc, x, words, lengths) for x in shards]).cpu()
 
+    # For a word and an image attention takes 4 R D operations, the projection 2 D S.
+    per_word, per_caption = 4 * size.R * size.D + 2 * size.D * size.S, 2 * size.D * size.S
+    operations = n_images * (len(captions.word_emb) * per_word + n_captions * per_caption)
+
+    def limit(products: list[str]) -> float:
+        n = 2048 if cpu else 8192
+        return operations / max(rate(product, device, n, size.S) for product in products)
+
+    works = ways(loop, functools.partial(score, ours, images, captions), machine)
+    limits = {p: functools.partial(limit, names) for p, names in machine["products"].items()}
+    what = f"scoring {n_images:,} images × {n_captions:,} captions"
+    rows = compare(what, works, 3 if opt.quick else 5, device, limits)
+    sims = {name: np.asarray(work()) for name, work in works.items()}
+    for row in rows:
+        row["pairs/s"] = n_images * n_captions / row["seconds"]
+        difference = np.abs(sims[row["way"]] - sims["official loop"]).max()
+        row["largest difference"] = float(difference)
+    return rows
+
+
+def train_step(model: torch.nn.Module, adam: torch.optim.Adam, batch: Batch, *dtype) -> None:
+    """As in train.py."""
+    sims = model(batch.images, batch.captions, batch.lengths, *dtype)
+    loss = triplet_loss(distributed.all_gather_replicated(sims))
+    adam.zero_grad()
+    loss.backward()
+    distributed.sum_gradients(model.parameters())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+    adam.step()
+
+
+def training(opt: argparse.Namespace, machine: dict, device: torch.device) -> list[dict]:
+    """A step: encode, score, hardest negatives, backward, clip, Adam."""
+    rows, n = [], 16 if opt.quick else 128
+    for name, size in SIZES.items():
+        x = random_batch(size, n).to(device)
+        loop, ours = (
+            functools.partial(train_step, model.train(), torch.optim.Adam(model.parameters()), x)
+            for model in models(size, device)
+        )
+        what = f"training step, batch {n}, {name} size (D {size.D}, S {size.S})"
+        rows += compare(what, ways(loop, ours, machine), 3, device)
+    return rows
+
+
+def encoding(opt: argparse.Namespace, machine: dict, device: torch.device) -> list[dict]:
+    """Images and their captions. The official code encodes an image once for each caption."""
+    size, n_images = SIZES["paper"], 20 if opt.quick else 200
+    official, ours = models(size, device)
+    captions = random_captions(5 * n_images)
+    images = torch.rand(n_images, size.R, size.img_dim)
+
+    @torch.inference_mode()
+    def loop() -> None:
+        for rows in torch.arange(5 * n_images).split(100):
+            official.img_enc(images[rows // 5].to(device))
+            padded, lengths = pad([captions.words(int(k)) for k in rows])
+            official.txt_enc(padded.to(device), lengths)
+
+    @torch.inference_mode()
+    def each_once(_: torch.dtype | None) -> None:
+        for block in images.split(100):
+            ours.image_encoder(block.to(device))
+        encode_captions(ours, captions, device)
+
+    fp32_only = machine | {"products": {"fp32": machine["products"]["fp32"]}}
+    what = f"encoding {n_images:,} images, {5 * n_images:,} captions"
+    return compare(what, ways(loop, each_once, fp32_only), 1 if opt.quick else 3, device)
+
+
+def processes(opt: argparse.Namespace, machine: dict, device: torch.device) -> list[dict]:
+    """Training steps on one global batch by 1, 2, … processes of this script, under torchrun."""
+    most = min(2, os.cpu_count() or 1) if device.type == "cpu" else torch.cuda.device_count()
+    rows, batch_size = [], 16 if opt.quick else 64
+    for n in (n for n in (1, 2, 4, 8) if n <= most):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "seconds.json"
+            command = [
+                sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node", str(n), __file__, "--worker", str(out),
+                "--batch_size", str(batch_size), "--device", device.type,
+            ]  # fmt: skip
+            result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            if result.returncode:
+                raise InputError(f"{n} processes ended with status {result.returncode}")
+            seconds = json.loads(out.read_text())
+        one = rows[0]["seconds"] if rows else seconds
+        what = f"training step, global batch of {batch_size}"
+        row = {"what": what, "processes": n, "seconds": seconds, "× one process": one / seconds}
+        rows.append(row)
+    return rows
+
+
+def worker(out: Path, batch_size: int, device: torch.device) -> None:
+    """One of several processes: the median seconds of three steps."""
+    with distributed.process_group(device) as device:
+        choose_matmul(device)
+        size, rows = SIZES["paper"], distributed.rank_slice(batch_size)
+        batch = Batch(*(x[rows] for x in random_batch(size, batch_size))).to(device)
+        model = models(size, device)[1].train()
+        adam = torch.optim.Adam(model.parameters())
+        seconds = [clock(lambda: train_step(model, adam, batch), device) for _ in range(4)]
+        if distributed.is_main_process():
+            out.write_text(json.dumps(statistics.median(seconds[1:])))
+
+
+def search(opt: argparse.Namespace, machine: dict, device: torch.device) -> list[dict]:
+    use(machine["chosen"])
+    recall_rows = [row for path in opt.checkpoints for row in candidate_recalls(path)]
+    return recall_rows + [query_times(n) for n in opt.images]
+
+
+@torch.inference_mode()
+def candidate_recalls(checkpoint: Path) -> list[dict]:
+    """Text-to-image recalls on test if only some candidates are scored, by how they are picked."""
+    from search import CandidateMap
+
+    model, settings, vocab = load(checkpoint, argparse.Namespace())
+    data = PrecompDataset(settings["data_path"], settings["data_name"], "test", vocab)
+    device, image_of_caption = torch.device("cpu"), data.image_of_caption
+    images, captions = encode_images(model, data, device), encode_captions(model, data, device)
+    sims = torch.from_numpy(score(model, images, captions))  # (n_images, n_captions)
+    best = sims.topk(min(10, len(sims)), dim=0).indices
+    candidate_map = CandidateMap.of(model.similarity)
+    queries = map(candidate_map.query, word_mean(captions.word_emb, captions.lengths))
+    vectors = candidate_map.stored(images.region_emb.mean(1))
+    rows = []
+    for way, first_stage in (
+        ("inner product", vectors @ torch.stack([*queries]).T),
+        ("cosine of the global vectors", images.image_global @ captions.caption_global.T),
+    ):
+        where = f"{data.name} {data.split}, {way}"
+        row = {"text to image: R@1 / R@10 (of the ten best, kept)": where}
+        for k in (*(k for k in CANDIDATES if k < data.n_images), data.n_images):
+            kept = torch.zeros_like(sims, dtype=torch.bool)
+            kept.scatter_(0, first_stage.topk(k, dim=0).indices, True)
+            ranks = t2i_ranks(sims.masked_fill(~kept, -1).numpy(), image_of_caption)
+            ranks[~kept[image_of_caption, range(len(data))].numpy()] = data.n_images  # lost
+            found, share = recalls(ranks), kept.gather(0, best).float().mean().item()
+            name = "all" if k == data.n_images else f"{k} candidates"
+            row[name] = f"{found['r1']:.1f} / {found['r10']:.1f} ({share:.0%})"
+        rows.append(row)
+    return rows
+
+
+def query_times(n: int) -> dict:
+    """Median time of a sentence of 12 words against n images."""
+    from search import Index, IndexWriter
+
+    size = SIZES["small"]
+    _, model = models(size, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        path, start = Path(folder) / "index", time.perf_counter()
+        writer = IndexWriter(path, n, size.R, size.D)
+        for block in torch.arange(n).split(2000):
+            regions = torch.randn(len(block), 1, size.D) + torch.randn(len(block), size.R, size.D)
+            regions = normalize(regions, dim=-1)
+            writer.add(regions, normalize(regions.mean(1), dim=-1))
+        writer.finish([str(k) for k in range(n)], model)
+        built = time.perf_counter() - start
+        index, rng, times = Index(path, model, vocabulary()), np.random.default_rng(0), []
+        for _ in range(21):
+            sentence = " ".join(f"w{k}" for k in rng.integers(8000, size=12))
+            start = time.perf_counter()
+            caption = index.encode(sentence)
+            encoded = time.perf_counter()
+            index.images_for(caption, top=10)
+            times.append((encoded - start, time.perf_counter() - encoded))
+        disk = sum(file.stat().st_size for file in path.iterdir())
+    encode, find = 1e3 * np.median(times[1:], axis=0)  # the first one warms up
     return {
-        "data": f"{dataset.name} {dataset.split}",
-        "largest_difference": float(np.abs(a - b).max()),
-        "spread": float(a.std()),
-        "i2t": agreement(a, b),
-        "t2i": agreement(a.T, b.T),
-        **{name: retrieval_metrics(x, owner) for name, x in sims.items()},
-    }
+        "images in the index": n, "GB on disk": disk / 1e9, "seconds to build": built,
+        "ms to encode a sentence": encode, "ms to find its images": find,
+    }  # fmt: skip
 
 
-# -- what is said ---------------------------------------------------------------------------------
-
-
-def size(n: int | None) -> str:
-    if n is None:
-        return "–"
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+# -- tables ---------------------------------------------------------------------------------------
 
 
 def markdown(result: dict) -> str:
-    """The tables of a run."""
+    """The tables of one machine; rows with the same columns stand in one table."""
     machine = result["machine"]
-    lines = [f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}:", ""]
-    if "scoring" in result:
-        s = result["scoring"]
-        lines += [
-            f"| scoring {s['n_images']:,} images × {s['n_captions']:,} captions | time | pairs/s "
-            "| against the loop | share of matmul | peak memory | largest difference |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        names = {"loop": "released loop", "fp32": "fp32", "bf16": "`--precision bf16`"}
-        for key, name in names.items():
-            x = s[key]
-            lines.append(
-                f"| {name} | {x['seconds']:.2f} s | {x['pairs_per_s']:,.0f} | {x['ratio']:.2f}× "
-                f"| {x['matmul_share']:.0%} | {size(x['peak_memory'])} "
-                f"| {x['largest_difference']:.0e} |"
-            )
-        lines.append("")
-    rows = []
-    if "training" in result:
-        t = result["training"]
-        ratios = {"loop": "1×", "ours": f"{t['ratio']:.2f}×"}
-        names = {"loop": "released loop", "ours": "here"}
-        if "bf16" in t:
-            ratios["bf16"], names["bf16"] = f"{t['bf16']['ratio']:.2f}×", "`--precision bf16`"
-        for key, name in names.items():
-            rows.append(
-                f"| training step, batch {t['batch']}, {name} | {t[key]['seconds']:.2f} s "
-                f"| {ratios[key]} | {size(t[key]['saved_activations'])} saved for backward, "
-                f"{size(t[key]['peak_memory'])} at the peak |"
-            )
-    if "encoding" in result:
-        e = result["encoding"]
-        what = f"encoding {e['n_images']:,} images, {e['n_captions']:,} captions"
-        for key, name in (("released", "released way"), ("ours", "here")):
-            ratio = f"{e['ratio']:.2f}×" if key == "ours" else "1×"
-            rows.append(
-                f"| {what}, {name} | {e[key]['seconds']:.1f} s | {ratio} "
-                f"| {size(e[key]['memory'])} of embeddings |"
-            )
-    if "evaluation" in result:
-        e = result["evaluation"]
-        rows.append(
-            f"| `evaluation.py`, {e['n_images']:,} × {e['n_captions']:,}, all of it "
-            f"| {e['seconds']:.0f} s | encode {e['encode_seconds']:.0f} s + score "
-            f"{e['score_seconds']:.0f} s | {size(e['peak_memory'])} resident at the peak |"
-        )
-    if "loading" in result:
-        rows.append(
-            f"| loading a batch of {result['loading']['batch']}, one process "
-            f"| {1000 * result['loading']['seconds_per_batch']:.0f} ms | | |"
-        )
-    if rows:
-        lines += ["| | time | against the released way | memory |", "|---|---|---|---|", *rows, ""]
-    if "precision" in result:
-        lines += [
-            "| trained model | precision | i2t R@1 / 5 / 10 | t2i R@1 / 5 / 10 | rsum "
-            "| same first answer | top ten shared | largest difference |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for p in result["precision"]:
-            ways = ("i2t", "t2i")
-            agree = [
-                " / ".join(f"{p[way][what]:.1f} %" for way in ways)
-                for what in ("same_first", "top10_shared")
-            ]
-            difference = f"{p['largest_difference']:.0e} (spread of scores {p['spread']:.0e})"
-            for name, told in (("fp32", ["", "", ""]), ("bf16", [*agree, difference])):
-                recalls = [
-                    " / ".join(f"{p[name][way][r]:.1f}" for r in ("r1", "r5", "r10"))
-                    for way in ways
-                ]
-                cells = [p["data"], name, *recalls, f"{p[name]['rsum']:.1f}", *told]
-                lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    if "scaling" in result:
-        told = [
-            f"{what}: " + ", ".join(f"{float(n):,.0f} in {t:.2f} s" for n, t in times.items())
-            for what, times in result["scaling"].items()
-        ]
-        lines += [f"Scoring time by size. {'; '.join(told)}.", ""]
-    return "\n".join(lines).rstrip()
+    about = [machine["device"], f"torch {machine['torch']}"]
+    if "flags" in machine:
+        about += [" ".join(machine["flags"]), f"matrix products by {machine['library']}"]
+        if "bf16" not in machine["products"]:
+            about.append("bf16 products are slower than fp32 here and left out")
+    tables: dict[tuple[str, ...], list[dict]] = {}
+    for part in (part for part in PARTS if part in result):
+        for row in result[part]:
+            tables.setdefault(tuple(row), []).append(row)
+    texts = [f"{'; '.join(about)}."]
+    for columns, rows in tables.items():
+        cells = [columns, ["---"] * len(columns), *([*map(cell, row.values())] for row in rows)]
+        texts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+    return "\n\n".join(texts)
+
+
+def cell(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def write_tables() -> None:
+    """The tables of results/speed/*.json, between the markers in results/README.md."""
+    from results import fill
+
+    readme, files = ROOT / "results/README.md", sorted((ROOT / "results/speed").glob("*.json"))
+    tables = "\n\n".join(markdown(json.loads(file.read_text())) for file in files)
+    text = fill(readme.read_text(encoding="utf-8"), "speed", tables, readme)
+    atomic_write(readme, lambda file: file.write(text.encode()))
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+PARTS = {
+    "scoring": scoring, "training": training, "encoding": encoding, "search": search,
+    "processes": processes,
+}  # fmt: skip
+DEFAULT = ["scoring", "training", "encoding", "processes"]
 
 
 @one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="smaller, under a minute on 2 cores")
-    parser.add_argument("--only", nargs="*", choices=PARTS, help="these parts only")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
-    parser.add_argument(
-        "--table", metavar="FILE", type=Path, help="print the table of a run's JSON"
-    )
-    parser.add_argument("--checkpoints", nargs="+", type=Path, default=[], metavar="CKPT",
-                        help="trained models whose ranks in bfloat16 are compared")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", default=DEFAULT, help=f"of {', '.join(PARTS)}")
+    add("--quick", action="store_true", help="smaller and fewer")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--json", type=Path, metavar="FILE", help="add the figures to those in this file")
+    add("--write", action="store_true", help="only write the tables into results/README.md")
+    add("--checkpoints", nargs="+", default=[], type=Path, metavar="CKPT",
+        help="search: trained models, for the recalls")
+    add("--images", nargs="+", default=[1_000, 100_000], type=at_least(1), metavar="N",
+        help="search: sizes of indexes; a million images take 21 GB in $TMPDIR")
+    add("--worker", type=Path, help=argparse.SUPPRESS)
+    add("--batch_size", type=at_least(1), help=argparse.SUPPRESS)
     opt = parser.parse_args()
-    if opt.table:
-        try:
-            print(markdown(json.loads(opt.table.read_text(encoding="utf-8"))))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{opt.table}: not a benchmark's JSON ({error!r})") from error
-        return
-    if opt.json and not opt.json.absolute().parent.is_dir():
-        raise InputError(f"{opt.json}: the folder to write into does not exist")
+    if unknown := set(opt.parts) - PARTS.keys():
+        parser.error(f"no part {min(unknown)}: choose from {', '.join(PARTS)}")
+    if opt.write:
+        return write_tables()
     device = select_device(opt.device)
-    cuda = device.type == "cuda"
-    result: dict = {
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
-        "quick": opt.quick,
-    }
-    released, ours = models(device)
-    measure = (scoring, training, encoding, loading, scaling, evaluation)
-    quick_parts = ("scoring", "training", "encoding", "loading")
-    wanted = opt.only if opt.only is not None else (quick_parts if opt.quick else PARTS)
-    for part in measure:
-        if part.__name__ in wanted:
-            print(f"{part.__name__} …", file=sys.stderr, flush=True)
-            start = time.perf_counter()
-            result[part.__name__] = part(released, ours, device, opt.quick)
-            print(f"  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-            write(result, opt.json)
-    if opt.checkpoints:
-        result["precision"] = [precision(path, device) for path in opt.checkpoints]
-    write(result, opt.json)
+    if opt.worker:
+        return worker(opt.worker, opt.batch_size, device)
+    check_targets(opt.json)
+    machine = describe(device)
+    result = {"machine": machine}
+    if opt.json and opt.json.is_file():
+        earlier = json.loads(opt.json.read_text(encoding="utf-8"))
+        result = earlier if earlier["machine"] == machine else result
+    for name in opt.parts:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        result[name] = PARTS[name](opt, machine, device)
+        if opt.json:
+            text = json.dumps(result, indent=1) + "\n"
+            atomic_write(opt.json, lambda file, text=text: file.write(text.encode()))
     print(markdown(result))
-
-
-def write(result: dict, path: Path | None) -> None:
-    """What has been measured so far."""
-    if path:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
