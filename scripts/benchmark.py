@@ -551,7 +551,9 @@ def main() -> None:
     result = {"machine": machine}
     if opt.json and opt.json.is_file():
         earlier = json.loads(opt.json.read_text(encoding="utf-8"))
-        result = earlier if earlier["machine"] == machine else result
+        if any(earlier["machine"][key] != machine[key] for key in ("device", "torch")):
+            raise InputError(f"{opt.json}: figures of another machine or torch; name a new file")
+        result = earlier | result
     for name in opt.parts:
         print(f"{name} …", file=sys.stderr, flush=True)
         result[name] = PARTS[name](opt, machine, device)

@@ -2,7 +2,7 @@
 # All that needs a GPU, in one command. Needs torch, numpy and nltk; what else is missing is skipped.
 #   bash scripts/check_gpu.sh
 #   bash scripts/check_gpu.sh --device cpu   # to try this script; small sizes
-# Leaves logs and JSON files in $OUT (runs/check_gpu): summary.json says what passed.
+# Leaves log.txt and JSON files in $OUT (runs/check_gpu): summary.json says what passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ ! -f .venv/bin/activate ] || . .venv/bin/activate
@@ -10,13 +10,15 @@ python=$(command -v python || command -v python3)
 device=cuda out=${OUT:-runs/check_gpu} failed=0 lines=()
 [ "${1:-}" != --device ] || device=${2:?"--device needs a name"}
 mkdir -p "$out"
+: >"$out/log.txt"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 step() { # NAME COMMAND…: runs it, keeps its output, notes how it ended
   local name=$1 start=$SECONDS status=passed
   shift
-  "$@" >"$out/$name.log" 2>&1 || { status=failed failed=1 && tail -n 5 "$out/$name.log"; }
+  echo "== $name: $*" >>"$out/log.txt"
+  "$@" >>"$out/log.txt" 2>&1 || { status=failed failed=1 && tail -n 5 "$out/log.txt"; }
   echo "$name: $status, $((SECONDS - start)) s"
   lines+=("{\"step\": \"$name\", \"status\": \"$status\", \"seconds\": $((SECONDS - start))}")
 }

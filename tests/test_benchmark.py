@@ -82,6 +82,8 @@ def test_the_command_adds_to_its_file(tmp_path):
     printed = succeeded(call(tmp_path, *command, 50))
     assert "| 50 |" in printed and "| 7 |" in printed and "| 40 |" not in printed
     refused(call(tmp_path, benchmark.main, "scorn"), "scorn", "scoring")
+    (tmp_path / "b.json").write_text(json.dumps({"machine": MACHINE}))
+    refused(call(tmp_path, *command, 50), "b.json", "another machine")
 
 
 def test_tables_are_written_between_their_markers(tmp_path, monkeypatch):

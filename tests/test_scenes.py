@@ -90,7 +90,7 @@ def test_the_seed_decides_the_bytes_and_sizes_only_append(made, tmp_path):
     scenes.make_scenes(tmp_path, 0, SIZES)  # stale pictures go
     files = sorted(p.relative_to(made) for p in made.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(files) == 3 * 7 + 1 + sum(SIZES.values())
+    assert len(files) == 3 * 6 + sum(SIZES.values())
     for file in files:
         assert (made / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
