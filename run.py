@@ -360,16 +360,18 @@ def lines_up_to(path: Path, step: int) -> list[str]:
 
 
 def tensorboard_logger(folder: str) -> object | None:
-    """A writer of TensorBoard scalars, None without the package.
+    """A writer of TensorBoard scalars, None if it cannot be had.
 
-    Its protobuf files are old; the pure Python implementation of protobuf reads them.
+    Its protobuf files are old. The pure Python implementation of protobuf reads them, which has to
+    be chosen before protobuf is imported for the first time.
     """
     if "google.protobuf" not in sys.modules:
         os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     try:
         import tensorboard_logger
-    except ImportError as error:
-        print(f"note: no TensorBoard scalars ({error})", file=sys.stderr)
+    except (ImportError, TypeError) as error:  # TypeError: protobuf was imported otherwise before
+        reason = str(error).partition("\n")[0]
+        print(f"note: no TensorBoard scalars ({reason})", file=sys.stderr)
         return None
     return tensorboard_logger.Logger(folder, flush_secs=5)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in the processes started here: the same rounding
 os.environ["PYTHONWARNINGS"] = "ignore"
+os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"  # as run.py has it
 
 import numpy as np
 import pytest

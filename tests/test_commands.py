@@ -12,6 +12,7 @@ import torch
 from conftest import GOLDENS, ROOT, RUN, SMALL, call, refused, succeeded, write_split
 
 import evaluation
+import run
 import train
 from attention import caption_index_of
 from checkpoint import load_checkpoint, load_latest
@@ -265,3 +266,13 @@ def test_the_papers_commands_are_real(tmp_path, name, data):
     for options in (options for program, *options in commands if program == "evaluation.py"):
         model = evaluation.options().parse_args(options).model_path
         assert model == [f"{opt.model_name}/model_best.pth.tar"]
+
+
+@pytest.mark.parametrize("error", ["ImportError", "TypeError"])
+def test_training_does_without_tensorboard(tmp_path, monkeypatch, capsys, error):
+    """Without its package, or where something else has loaded protobuf in another way before."""
+    (tmp_path / "tensorboard_logger.py").write_text(f"raise {error}('no such thing\\nand more')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorboard_logger", raising=False)
+    assert run.tensorboard_logger(str(tmp_path)) is None
+    assert capsys.readouterr().err == "note: no TensorBoard scalars (no such thing)\n"
