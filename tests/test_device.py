@@ -1,0 +1,72 @@
+"""What may run on a GPU gives the CPU's numbers there: TEST_DEVICE=cuda pytest -m device."""
+
+import copy
+import os
+
+import pytest
+import torch
+from conftest import write_split
+
+from baselines import SIMILARITIES, build_model
+from data import Batch, PrecompDataset
+from evaluation import evaluate
+from train import train_step
+from vocab import build_from_data
+
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
+pytestmark = pytest.mark.device
+
+
+@pytest.fixture
+def batch():
+    lengths = torch.tensor([9, 7, 7, 4, 3, 2])
+    captions = torch.randint(4, 40, (6, 9)) * (torch.arange(9) < lengths[:, None])
+    return Batch(torch.randn(6, 36, 20), captions, lengths, torch.arange(6), torch.arange(6))
+
+
+def small_model(similarity):
+    sizes = {"img_dim": 20, "embed_size": 32, "word_dim": 12, "sim_dim": 16}
+    model = build_model(similarity, vocab_size=40, embed_dropout=0, pool_dropout=0, **sizes)
+    with torch.no_grad():  # the graph layers start as the identity: make them count
+        for layer in model.image_encoder.graph.layers:
+            layer.bn.weight.uniform_(0.5, 1)
+    return model.train()
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_scores_and_gradients_are_those_of_double_precision(similarity, batch):
+    exact = small_model(similarity).double()
+    model = copy.deepcopy(exact).float().to(DEVICE)
+    moved = batch.to(DEVICE)
+    sims = model(moved.images, moved.captions, moved.lengths)
+    expected = exact(batch.images.double(), batch.captions, batch.lengths)
+    torch.testing.assert_close(sims.double().cpu(), expected, rtol=0, atol=1e-4)
+    sims.square().sum().backward()
+    expected.square().sum().backward()
+    scale = max(p.grad.abs().max() for p in exact.parameters())
+    for found, wanted in zip(model.parameters(), exact.parameters(), strict=True):
+        assert (found.grad.cpu() - wanted.grad).abs().max() < 2e-3 * scale
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_training_lowers_the_loss(batch, dtype):
+    model = small_model("lhsc").to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0, fused=True)
+    losses = [
+        train_step(model, optimizer, batch.to(DEVICE), max_violation=False, dtype=dtype)
+        for _ in range(30)
+    ]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_evaluation_gives_the_metrics_of_the_cpu(tmp_path):
+    for split in ("train", "dev", "test"):
+        write_split(tmp_path / "tiny", split, 20, num_regions=36, img_dim=20)
+    vocab = build_from_data(tmp_path, "tiny")
+    data = PrecompDataset(tmp_path, "tiny", "test", vocab)
+    sizes = {"img_dim": 20, "embed_size": 32, "word_dim": 12, "sim_dim": 16}
+    model = build_model(vocab_size=len(vocab), **sizes).eval()
+    _, expected = evaluate([model], data, torch.device("cpu"))
+    metrics, sims = evaluate([model.to(DEVICE)], data, DEVICE)
+    assert abs(sims - expected).max() < 1e-5
+    assert metrics["n_images"] == 20
