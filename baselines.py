@@ -9,13 +9,13 @@ Shape letters: B images, C captions, R regions, W words of all captions end to e
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attention import (
     GatedSum,
+    WordPooling,
     caption_index_of,
     in_chunks,
-    init_xavier,
     l2norm,
     matmul,
     segment_softmax,
@@ -105,20 +105,12 @@ class AttendedSimilarity(SimilarityEncoder):
         return self.align(pooled, regions, captions.caption_global, self.global_fc, dtype)
 
 
-class AttendedPooling(nn.Module):
+class AttendedPooling(WordPooling):
     """WordPooling of the regions m_l = Σ_r weight_lr v_r that the words attend to.
 
     h_l = dropout(tanh(W m_l + b)),  k = dropout(tanh(W' mean_l m_l + b'))
     î   = l2norm(Σ_l softmax_l(c · (h_l ∘ k) + c₀) m_l)
     """
-
-    def __init__(self, embed_size: int, dropout: float) -> None:
-        super().__init__()
-        self.local = nn.Linear(embed_size, embed_size)
-        self.global_ = nn.Linear(embed_size, embed_size)
-        self.common = nn.Linear(embed_size, 1)
-        self.dropout = nn.Dropout(dropout)
-        init_xavier(self)
 
     def forward(
         self,

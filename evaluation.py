@@ -14,7 +14,6 @@ Options that are not given are taken from the checkpoint.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from utils import (
     one_line,
     progress,
     select_device,
+    write_json,
 )
 from vocab import Vocabulary, vocab_file
 
@@ -54,11 +54,11 @@ def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) ->
     """Every image of the split, each once; each of several processes encodes its share."""
     rows = rank_slice(dataset.n_images)
     n_blocks = -(-(rows.stop - rows.start) // ENCODE_BATCH)
-    D = model.image_encoder.fc.out_features
+    D, fused = model.image_encoder.fc.out_features, model.image_encoder.graph.fused_weights()
     regions = [torch.empty(0, model.num_regions, D, device=device)]  # a share may be empty
     images = [torch.empty(0, D, device=device)]
     for block in progress(dataset.image_blocks(ENCODE_BATCH, rows), n_blocks, "encoding images"):
-        regions.append(model.image_encoder(block.to(device)))
+        regions.append(model.image_encoder(block.to(device), fused))
         images.append(model.similarity.image_global(regions[-1]))
     return EncodedImages(torch.cat(regions), torch.cat(images))
 
@@ -337,8 +337,7 @@ def run(opt: argparse.Namespace, device: torch.device) -> dict:
     if opt.save_sims is not None:
         atomic_write(opt.save_sims, lambda file: np.save(file, sims))
     if opt.save_metrics is not None:
-        text = json.dumps(metrics | {"protocol": name}, indent=1) + "\n"
-        atomic_write(opt.save_metrics, lambda file: file.write(text.encode()))
+        write_json(opt.save_metrics, metrics | {"protocol": name})
     return metrics
 
 

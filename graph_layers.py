@@ -5,10 +5,24 @@ Shape letters: B images, R regions, D joint size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed import BatchNorm1d
+
+
+class FusedWeights(NamedTuple):
+    """A graph layer's weights, multiplied out; F.linear takes the matrices."""
+
+    pair: Tensor  # (D, D) B Aᵀ
+    pair_bias: Tensor  # (D,) B a₀
+    own: Tensor  # (D,) A b₀
+    own_bias: Tensor  # () a₀ · b₀
+    message: Tensor  # (D, D) M
+    message_bias: Tensor  # (D,) m
 
 
 class GraphLayer(nn.Module):
@@ -38,22 +52,20 @@ class GraphLayer(nn.Module):
         self.bn = BatchNorm1d(embed_size)
         nn.init.zeros_(self.bn.weight)
 
-    def affinity(self, regions: Tensor) -> Tensor:
-        """G, how much each region hears of every other: (B, R, D) -> (B, R, R)."""
+    def fused_weights(self) -> FusedWeights:
+        """The weights of each pair, multiplied."""
         A, a0 = self.theta.weight.T @ self.fc1.weight.T, self.fc1(self.theta.bias)
         B, b0 = self.phi.weight.T @ self.fc2.weight.T, self.fc2(self.phi.bias)
-        pairs = F.linear(regions, B @ A.T, B @ a0) @ regions.transpose(1, 2)  # (B, R, R)
-        own = regions @ (A @ b0) + a0 @ b0  # (B, R)
-        return (pairs + own.unsqueeze(2)) / regions.shape[1]
-
-    def message(self, regions: Tensor) -> Tensor:
-        """w(G g(V)): (B, R, D) -> (B, R, D)."""
         M, m = self.w.weight @ self.g.weight, self.w.weight @ self.g.bias
-        return self.affinity(regions) @ F.linear(regions, M, m) + self.w.bias
+        return FusedWeights(B @ A.T, B @ a0, A @ b0, a0 @ b0, M, m)
 
-    def forward(self, regions: Tensor) -> Tensor:
-        """regions (B, R, D) -> (B, R, D)."""
-        message = self.message(regions)
+    def forward(self, regions: Tensor, fused: FusedWeights | None = None) -> Tensor:
+        """regions (B, R, D) -> (B, R, D). fused: this layer's, if they are at hand already."""
+        pair, pair_bias, own, own_bias, M, m = fused or self.fused_weights()
+        affinity = F.linear(regions, pair, pair_bias) @ regions.transpose(1, 2)  # (B, R, R)
+        affinity = affinity + (regions @ own + own_bias).unsqueeze(2)
+        affinity = affinity / regions.shape[1]  # G
+        message = affinity @ F.linear(regions, M, m) + self.w.bias  # (B, R, D) w(G g(V))
         return regions + self.bn(message.flatten(0, 1)).view_as(regions)
 
 
@@ -69,9 +81,13 @@ class RegionGraph(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(GraphLayer(embed_size) for _ in range(num_layers))
 
-    def forward(self, objects: Tensor) -> Tensor:
+    def fused_weights(self) -> list[FusedWeights]:
+        """Of every layer: made once where many batches meet the same weights."""
+        return [layer.fused_weights() for layer in self.layers]
+
+    def forward(self, objects: Tensor, fused: Sequence[FusedWeights] | None = None) -> Tensor:
         """objects (B, R, D) -> regions of the highest level (B, R, D)."""
         regions = objects
-        for layer in self.layers:
-            regions = layer(regions)
+        for layer, weights in zip(self.layers, fused or [None] * len(self.layers), strict=True):
+            regions = layer(regions, fused=weights)
         return regions

@@ -8,6 +8,7 @@ caption, D joint size (embed_size), S similarity size (sim_dim).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from attention import (
     word_mean,
 )
 from distributed import all_gather_with_grad, all_reduce_sum
-from graph_layers import RegionGraph
+from graph_layers import FusedWeights, RegionGraph
 
 # -- encoders -------------------------------------------------------------------------------------
 
@@ -48,9 +49,9 @@ class ImageEncoder(nn.Module):
         self.no_imgnorm = no_imgnorm
         init_xavier(self.fc)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, R, img_dim) -> region_emb (B, R, D)."""
-        region_emb = self.graph(self.fc(images).to(images.dtype))
+    def forward(self, images: Tensor, fused: Sequence[FusedWeights] | None = None) -> Tensor:
+        """images (B, R, img_dim) -> region_emb (B, R, D). fused: the graph's fused_weights."""
+        region_emb = self.graph(self.fc(images).to(images.dtype), fused)
         return region_emb if self.no_imgnorm else l2norm(region_emb)
 
 

@@ -37,7 +37,7 @@ from data import Batch
 from distributed import is_main_process, print_on_main
 from evaluation import report
 from model import LHSC
-from utils import InputError, atomic_write, cpu_name
+from utils import InputError, cpu_name, write_text
 from vocab import Vocabulary, vocab_file
 
 
@@ -267,7 +267,7 @@ class RunLog:
         path = folder / "metrics.jsonl"
         kept = lines_up_to(path, step) if step and path.is_file() else []
         self._type = {"type": "resume", "step": step} if kept else {"type": "run"}
-        atomic_write(path, lambda file: file.write("".join(kept).encode()))
+        write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = tensorboard_logger(opt.logger_name)
 

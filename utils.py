@@ -7,6 +7,7 @@ import ctypes
 import errno
 import functools
 import io
+import json
 import os
 import platform
 import sys
@@ -113,6 +114,16 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """atomic_write of UTF-8 text."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """atomic_write of a value as indented JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def check_targets(*paths: str | Path | None) -> None:

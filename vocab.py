@@ -23,7 +23,7 @@ from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 import distributed
-from utils import InputError, at_least, atomic_write, one_line
+from utils import InputError, at_least, one_line, write_text
 
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unk>")
 MAX_WORDS = 512  # of a caption; Flickr30K's longest has 81
@@ -94,8 +94,7 @@ class Vocabulary:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"word2idx": self.word2idx, "idx2word": self.idx2word, "idx": len(self)}
-        text = json.dumps(content, ensure_ascii=False)
-        atomic_write(path, lambda file: file.write(text.encode()))
+        write_text(path, json.dumps(content, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:

@@ -57,13 +57,14 @@ from model import LHSC, EncodedCaptions, EncodedImages, triplet_loss
 from utils import (
     InputError,
     at_least,
-    atomic_write,
     check_targets,
     choose_matmul,
     cpu_name,
     one_line,
     products_are_exact,
     select_device,
+    write_json,
+    write_text,
 )
 from vocab import SPECIAL_TOKENS, Vocabulary
 
@@ -361,8 +362,9 @@ def encoding(opt: argparse.Namespace, machine: dict, device: torch.device) -> li
 
     @torch.inference_mode()
     def each_once(_: torch.dtype | None) -> None:
+        fused = ours.image_encoder.graph.fused_weights()  # as evaluation.py does
         for block in images.split(100):
-            ours.image_encoder(block.to(device))
+            ours.image_encoder(block.to(device), fused)
         encode_captions(ours, captions, device)
 
     fp32_only = machine | {"products": {"fp32": machine["products"]["fp32"]}}
@@ -511,7 +513,7 @@ def write_tables() -> None:
     readme, files = ROOT / "results/README.md", sorted((ROOT / "results/speed").glob("*.json"))
     tables = "\n\n".join(markdown(json.loads(file.read_text())) for file in files)
     text = fill(readme.read_text(encoding="utf-8"), "speed", tables, readme)
-    atomic_write(readme, lambda file: file.write(text.encode()))
+    write_text(readme, text)
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -532,10 +534,22 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--json", type=Path, metavar="FILE", help="add the figures to those in this file")
     add("--write", action="store_true", help="only write the tables into results/README.md")
-    add("--checkpoints", nargs="+", default=[], type=Path, metavar="CKPT",
-        help="search: trained models, for the recalls")
-    add("--images", nargs="+", default=[1_000, 100_000], type=at_least(1), metavar="N",
-        help="search: sizes of indexes; a million images take 21 GB in $TMPDIR")
+    add(
+        "--checkpoints",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="CKPT",
+        help="search: trained models, for the recalls",
+    )
+    add(
+        "--images",
+        nargs="+",
+        default=[1_000, 100_000],
+        type=at_least(1),
+        metavar="N",
+        help="search: sizes of indexes; a million images take 21 GB in $TMPDIR",
+    )
     add("--worker", type=Path, help=argparse.SUPPRESS)
     add("--batch_size", type=at_least(1), help=argparse.SUPPRESS)
     opt = parser.parse_args()
@@ -558,8 +572,7 @@ def main() -> None:
         print(f"{name} …", file=sys.stderr, flush=True)
         result[name] = PARTS[name](opt, machine, device)
         if opt.json:
-            text = json.dumps(result, indent=1) + "\n"
-            atomic_write(opt.json, lambda file, text=text: file.write(text.encode()))
+            write_json(opt.json, result)
     print(markdown(result))
 
 

@@ -12,7 +12,6 @@ Shape letters: B images, C captions, V words of the vocabulary, k = min(img_dim,
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Captions, PrecompDataset
 from evaluation import report
 from metrics import bootstrap_intervals, image_hits, retrieval_metrics
-from utils import atomic_write, check_targets, one_line
+from utils import check_targets, one_line, write_json
 from vocab import Vocabulary, vocab_file
 
 SHRINK = (0.01, 0.03, 0.1, 0.3, 1.0)  # tried on dev
@@ -123,8 +122,7 @@ def main() -> None:
     if opt.json is not None:
         metrics |= {"data": f"{test.name} test", "dev_rsum": tried[shrink], "shrink": shrink,
                     "parameters": sum(x.numel() for x in maps)}  # fmt: skip
-        text = json.dumps(metrics, indent=1) + "\n"
-        atomic_write(opt.json, lambda file: file.write(text.encode()))
+        write_json(opt.json, metrics)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Captions, PrecompDataset
 from evaluation import DEFAULT_MODEL, encode_captions, encode_images, load, score
 from model import LHSC, EncodedCaptions, EncodedImages
-from utils import InputError, atomic_write, check_targets, one_line, select_device
+from utils import InputError, check_targets, one_line, select_device, write_json
 from vocab import Vocabulary
 
 KINDS = ("relation", "shape", "colour", "size", "count")
@@ -117,8 +117,7 @@ def main() -> None:
     for kind, answers in result.items():
         print(f"{kind:9}{answers['accuracy']:6.1f} %  of {answers['questions']:,}")
     if opt.json is not None:
-        text = json.dumps({"data": f"{dataset.name} {dataset.split}"} | result, indent=1) + "\n"
-        atomic_write(opt.json, lambda file: file.write(text.encode()))
+        write_json(opt.json, {"data": f"{dataset.name} {dataset.split}"} | result)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from compare import load_sims
 from prepare_captions import image_key, read_id_list
 
-from utils import InputError, atomic_write, check_targets, one_line
+from utils import InputError, check_targets, one_line, write_json
 from vocab import read_captions
 
 PER_IMAGE = 5
@@ -176,8 +176,7 @@ def main() -> None:
     for name, ways in result.items():
         print(f"{name:16}{ways['i2t']:7.1f}{ways['t2i']:7.1f}")
     if opt.json:
-        text = json.dumps(result, indent=1) + "\n"
-        atomic_write(opt.json, lambda file: file.write(text.encode()))
+        write_json(opt.json, result)
 
 
 if __name__ == "__main__":

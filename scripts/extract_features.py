@@ -43,7 +43,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic_write, check_targets, one_line, progress, select_device
+from utils import (
+    InputError,
+    atomic_write,
+    check_targets,
+    one_line,
+    progress,
+    select_device,
+    write_text,
+)
 
 EFFICIENTNET = "efficientnet-lite2"
 GRID = 6  # cells per side
@@ -286,7 +294,7 @@ def run(opt: argparse.Namespace) -> None:
     atomic_write(boxes, lambda file: np.save(file, every_box))
     if not has_ids:
         text = "".join(f"{name}\n" for name in kept)
-        atomic_write(ids, lambda file: file.write(text.encode()))
+        write_text(ids, text)
     atomic_write(ims, write_regions)
     shutil.rmtree(cache)
     print(f"{ims}: {shape[0]:,} pictures, {shape[1]} regions × {shape[2]}, {left_out} left out")

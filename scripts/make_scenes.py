@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, at_least, atomic_write, one_line, progress
+from utils import InputError, at_least, atomic_write, one_line, progress, write_text
 
 SPLITS = ("train", "dev", "test")
 CAPTIONS = 5  # per picture
@@ -468,7 +468,7 @@ def pool_windows(pool: Callable[..., Tensor], maps: Tensor, step: int, sees: int
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    atomic_write(path, lambda file: file.write("".join(f"{x}\n" for x in lines).encode()))
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

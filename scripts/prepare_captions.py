@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic_write, check_targets, one_line
+from utils import InputError, check_targets, one_line, write_text
 
 SPLITS = ("train", "dev", "test")
 SCAN_SPLIT = {"train": "train", "restval": "train", "val": "dev", "test": "test"}  # of Karpathy's
@@ -95,7 +95,7 @@ def check_outputs(ids_file: Path, ids: list[str], option: str, *others: Path) ->
 
 def write_lines(path: Path, lines: list[str]) -> None:
     """UTF-8, each line ended with LF."""
-    atomic_write(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+    write_text(path, "".join(f"{line}\n" for line in lines))
     print(f"{path}: {len(lines):,} lines")
 
 

@@ -26,7 +26,7 @@ from ablations import SETS
 from diagnose import KINDS
 from visualize import curves_figure, plt, read_log
 
-from utils import InputError, atomic_write, one_line
+from utils import InputError, atomic_write, one_line, write_text
 
 # Options that may differ between the seeds of a variant: places, and how often a run logs.
 APART = {"seed", "data_path", "vocab_path", "model_name", "logger_name", "resume", "workers"}
@@ -217,7 +217,7 @@ def main() -> None:
             print(f"{path}: its tables are not those of the logs: --write", file=sys.stderr)
             sys.exit(1)
         if opt.write:
-            atomic_write(path, lambda file, text=text: file.write(text.encode()))
+            write_text(path, text)
     if opt.write:
         photos = {plain(title): s[0].log for title, s in read_set("flickr8k").items()}
         draw("flickr8k.png", curves_figure, photos)

@@ -48,7 +48,7 @@ from baselines import with_local_alignments
 from data import REPEATED, Captions, RegionFile, open_array, read_boxes, read_ids
 from evaluation import ENCODE_BATCH, encode_captions, load
 from model import LHSC, EncodedCaptions, EncodedImages, Similarity
-from utils import InputError, at_least, atomic_write, one_line, progress, select_device
+from utils import InputError, at_least, one_line, progress, select_device, write_json
 from vocab import Vocabulary, tokenize
 
 PRETRAINED = ROOT / "pretrained/flickr8k/model.pth.tar"
@@ -137,8 +137,7 @@ class IndexWriter:
             means = torch.from_numpy(np.load(self.folder / "image_mean.npy"))  # (n, D)
             vectors = CandidateMap.of(model.similarity).stored(means).numpy()  # (n, D+1)
             write_inverted_file(self.folder / "candidates.faiss", vectors)
-        text = json.dumps({"made_from": made_from, "ids": ids})
-        atomic_write(self.folder / "index.json", lambda file: file.write(text.encode()))
+        write_json(self.folder / "index.json", {"made_from": made_from, "ids": ids})
 
 
 class Hit(NamedTuple):

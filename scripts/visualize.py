@@ -48,7 +48,15 @@ from data import PrecompDataset, find_files, read_boxes, read_ids
 from evaluation import DEFAULT_MODEL, encode_captions, encode_images, evaluate, load, protocol
 from metrics import i2t_ranks, t2i_ranks
 from model import LHSC, EncodedCaptions, EncodedImages
-from utils import InputError, at_least, atomic_write, check_targets, one_line, select_device
+from utils import (
+    InputError,
+    at_least,
+    atomic_write,
+    check_targets,
+    one_line,
+    select_device,
+    write_text,
+)
 from vocab import Vocabulary, read_captions, tokenize
 
 RIGHT, HEAT = "#1a8a5f", "#d7301f"
@@ -448,7 +456,7 @@ def main() -> None:
     check_targets(opt.out)
     made = opt.work(opt)
     if isinstance(made, str):
-        atomic_write(opt.out, lambda file: file.write(made.encode()))
+        write_text(opt.out, made)
     else:
         suffix = opt.out.suffix[1:]
         atomic_write(opt.out, lambda file: made.savefig(file, format=suffix, dpi=110))
