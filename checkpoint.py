@@ -33,6 +33,7 @@ MODEL_OPTIONS = {
     "no_txtnorm": bool, "padding": str, "similarity": str,
 }  # fmt: skip
 
+MAX_LAYERS = 1000
 DATA_OPTIONS = {"data_path": str, "data_name": str, "vocab_path": str, "val_captions": int}
 
 # Official name -> ours. {n} is a layer number, counted from 1 there and from 0 here. The four
@@ -111,24 +112,9 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         if isinstance(raw["model"], list | tuple):
             return raw | _translate_official(raw["model"], opt)
-        return raw | _translate_earlier(raw["model"], opt)
+        return raw | {"opt": opt, "official": False}
     except (InputError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not an LHSC checkpoint: {error}") from error
-
-
-def _translate_earlier(state: dict[str, Tensor], opt: dict) -> dict:
-    """Our checkpoints of before the options were joined and `globl` was spelt out."""
-    new_names = {"globl_": "global_", "globl": "global_", "attended_pooling": "region_pooling"}
-    for old, new in new_names.items():
-        state = {name.replace(old, new): tensor for name, tensor in state.items()}
-    if "similarity" not in opt or "alignment" in opt:
-        part = opt.get("alignment", "both")
-        attended = opt.get("global_image") == "attended"
-        name = opt.get("similarity", "lhsc") if part == "both" else part
-        opt = opt | {"similarity": "attended" if attended else name}
-    if opt.get("padding") == "released":
-        opt = opt | {"padding": "official"}
-    return {"model": state, "opt": opt, "official": False}
 
 
 def _translate_official(states: list[dict], opt: dict) -> dict:
@@ -203,8 +189,9 @@ def check_options(opt: dict, path: str | Path) -> None:
         if name in opt and not is_of_type(opt[name], kind):
             raise InputError(f"{path}: its option {name} is {opt[name]!r}, no {kind.__name__}")
         least = 0 if name in ("graph_layers", "text_layers", "val_captions") else 1
-        if kind is int and opt.get(name, least) < least:
-            raise InputError(f"{path}: its option {name} is {opt[name]}, less than {least}")
+        most = MAX_LAYERS if name.endswith("_layers") else 2**63
+        if kind is int and not least <= opt.get(name, least) <= most:
+            raise InputError(f"{path}: its option {name} is {opt[name]}, not {least} to {most}")
     if opt["similarity"] not in SIMILARITIES or opt["padding"] not in ("masked", "official"):
         raise InputError(f"{path}: unknown similarity {opt['similarity']} or {opt['padding']}")
 
@@ -218,10 +205,11 @@ def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
     opt, weights = checkpoint["opt"], checkpoint["model"]
     check_options(opt, path)
     try:
-        _check_sizes(opt, weights)
-        model = build_model(**{name: opt[name] for name in MODEL_OPTIONS})
+        with torch.device("meta"):  # takes no memory, whatever the options say
+            model = build_model(**{name: opt[name] for name in MODEL_OPTIONS})
         _compare(weights, model.state_dict())
-        model.load_state_dict(weights)
+        weights = {k: x.float() if x.is_floating_point() else x for k, x in weights.items()}
+        model.load_state_dict(weights, assign=True)
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: weights do not fit its options: {reason}") from error
@@ -233,21 +221,6 @@ def is_of_type(value: object, kind: type) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _check_sizes(opt: dict, weights: dict[str, Tensor]) -> None:
-    """Raise ValueError if a model of such options would take more memory than these weights."""
-    if max(opt[f"{part}_layers"] for part in ("graph", "text", "num")) > len(weights):
-        raise ValueError("more layers than weights")
-    sizes = {
-        "image_encoder.fc.weight": (opt["embed_size"], opt["img_dim"]),
-        "text_encoder.embed.weight": (opt["vocab_size"], opt["word_dim"]),
-    }
-    for name, size in sizes.items():
-        if weights[name].shape != size:
-            raise ValueError(f"{name} is {tuple(weights[name].shape)}, not {size}")
-    if max(opt["sim_dim"], opt["num_regions"]) > sum(x.numel() for x in weights.values()):
-        raise ValueError(f"too small for sim_dim {opt['sim_dim']}, {opt['num_regions']} regions")
-
-
 def _compare(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise ValueError unless names, shapes and kinds of numbers are as expected."""
     if differing := weights.keys() ^ expected.keys():
@@ -256,8 +229,9 @@ def _compare(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         wanted = expected[name]
         if tensor.shape != wanted.shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(wanted.shape)}")
-        if tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex():
-            raise ValueError(f"{name} holds {tensor.dtype}")
+        is_dense = tensor.layout == torch.strided and not tensor.is_complex()
+        if tensor.is_floating_point() != wanted.is_floating_point() or not is_dense:
+            raise ValueError(f"{name} holds {tensor.dtype}, {tensor.layout}")
 
 
 # -- writing, and the checkpoints of a run --------------------------------------------------------

@@ -26,7 +26,7 @@ import torch
 
 import distributed
 from baselines import SIMILARITIES, build_model
-from checkpoint import MODEL_OPTIONS
+from checkpoint import MAX_LAYERS, MODEL_OPTIONS
 from data import Batch, PrecompDataset, find_files, train_loader
 from distributed import all_gather_replicated, is_main_process, print_on_main
 from evaluation import PRECISIONS, evaluate
@@ -77,9 +77,9 @@ def options() -> argparse.ArgumentParser:
     add("--word_dim", default=300, type=at_least(1), help="word embedding")
     add("--embed_size", default=1024, type=at_least(1), help="joint size D")
     add("--sim_dim", default=256, type=at_least(1), help="similarity size S")
-    add("--num_layers", default=1, type=at_least(1, 1000), help="GRU layers")
-    add("--graph_layers", default=4, type=at_least(0, 1000), help="region graph layers")
-    add("--text_layers", default=4, type=at_least(0, 1000), help="word self-attention layers")
+    add("--num_layers", default=1, type=at_least(1, MAX_LAYERS), help="GRU layers")
+    add("--graph_layers", default=4, type=at_least(0, MAX_LAYERS), help="region graph layers")
+    add("--text_layers", default=4, type=at_least(0, MAX_LAYERS), help="word self-attention layers")
     add("--similarity", default="lhsc", choices=[*SIMILARITIES], help="the others: baselines.py")
     add("--bi_gru", default=True, action=switch, help="GRU in both directions")
     add("--no_imgnorm", default=False, action=switch, help="regions are not l2-normalised")

@@ -197,17 +197,6 @@ def test_a_run_in_mixed_precision(tiny, name):
 
 # -- checkpoints ----------------------------------------------------------------------------------
 
-EARLIER = {  # options that are now one
-    "lhsc": {"similarity": "lhsc", "alignment": "both", "global_image": "regions"},
-    "local": {"similarity": "lhsc", "alignment": "local", "global_image": "regions"},
-    "global": {"similarity": "lhsc", "alignment": "global", "global_image": "regions"},
-    "attended": {"similarity": "lhsc", "alignment": "both", "global_image": "attended"},
-    "scan": {"similarity": "scan", "alignment": "both", "global_image": "regions"},
-    "vse": {"similarity": "vse", "alignment": "both", "global_image": "regions"},
-    "": {},  # from before there was a choice: lhsc
-}
-
-
 @pytest.fixture
 def opt():
     return SIZES | {
@@ -215,24 +204,6 @@ def opt():
         "drop_out": 0.0, "embed_dropout": 0.4, "pool_dropout": 0.4, "no_imgnorm": False,
         "no_txtnorm": False,
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", EARLIER)
-@pytest.mark.parametrize("earlier, padding", [("masked", "masked"), ("released", "official")])
-def test_checkpoints_of_earlier_versions_load(tmp_path, opt, name, earlier, padding):
-    model = build_model(name or "lhsc", **opt, padding=padding).eval()
-    state = model.state_dict()
-    for now, then in (("global_.", "globl."), ("global_bn", "globl_bn"), ("global_fc", "globl_fc")):
-        state = {key.replace(now, then): tensor for key, tensor in state.items()}
-    if name == "attended":
-        state = {k.replace("region_pooling", "attended_pooling"): x for k, x in state.items()}
-    assert state.keys() & model.state_dict().keys() != state.keys()
-    opt = opt | EARLIER[name] | {"padding": earlier}
-    torch.save({"model": state, "opt": opt}, tmp_path / "earlier.pth.tar")
-    loaded = model_from(load_checkpoint(tmp_path / "earlier.pth.tar"))
-    batch = torch.randn(3, 6, 8), torch.randint(4, 20, (3, 5)), torch.tensor([5, 3, 2])
-    with torch.no_grad():
-        assert torch.equal(loaded(*batch), model(*batch))
 
 
 @pytest.mark.parametrize("option, value", [("similarity", "sgr"), ("padding", "none")])

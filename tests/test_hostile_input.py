@@ -142,7 +142,7 @@ def wrong_models(raw):
         values = [10**9, 10**12, 0, -1] if type(value) is int and name != "val_captions" else []
         for wrong in (None, [value], b"x", 2.5j, *values, *([7.0] if type(value) is float else [])):
             yield stored(raw | {"opt": opt | {name: wrong}})
-        if name in OPTIONS and name != "similarity":  # which older models lack
+        if name in OPTIONS:
             yield stored(raw | {"opt": {x: opt[x] for x in opt if x != name}})
 
 
