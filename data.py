@@ -6,8 +6,6 @@
     DATA_PATH/DATA_NAME/{split}_ids.txt    one image id a line (optional)
     DATA_PATH/DATA_NAME/{split}_boxes.npy  where the regions lie (optional, for pictures only)
 
-Regions are read row by row from a memory map; captions are tokenised once.
-
 Shape letters: B images (one an example of a batch), C captions (C = B in a batch), R regions,
 L longest caption.
 """
@@ -41,37 +39,24 @@ class Batch(NamedTuple):
     caption_index: Tensor  # (C,) which caption of the split
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def open_array(path: Path) -> np.memmap:
-    """A .npy file, memory-mapped and never unpickled.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        InputError: if it holds anything but one array.
-    """
+    """A .npy file, memory-mapped and never unpickled. Raises InputError if it is damaged."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
+        return np.lib.format.open_memmap(path, mode="r")
+    except OSError:
         raise
     except Exception as error:  # whatever numpy's parser says of bytes that are no array
         raise InputError(f"{path}: not a readable .npy array: {error}") from error
-    if not isinstance(array, np.memmap):
-        raise InputError(f"{path}: not a single .npy array (an archive?)")
-    return array
 
 
 class RegionFile:
     """A `{split}_ims.npy`, one row an image.
 
     The file is mapped anew for every read, so memory does not grow with what was read, and a copy
-    in a worker process needs no open file.
-
-    Raises:
-        InputError: if it is no float array of rank 3, or its width or number of regions is not
-            what was asked for.
+    in a worker process needs no open file. Raises InputError for another type, rank or size.
     """
 
     def __init__(
@@ -79,21 +64,16 @@ class RegionFile:
     ) -> None:
         self.path = path
         rows = open_array(path)
-        if rows.ndim != 3 or min(rows.shape) < 1:
-            raise InputError(
-                f"{path}: expected regions as (images, regions, img_dim), found {rows.shape}"
-            )
-        if rows.dtype not in (np.float32, np.float16):
-            raise InputError(f"{path}: expected float32 or float16, found {rows.dtype}")
+        if rows.ndim != 3 or not rows.size or rows.dtype not in (np.float32, np.float16):
+            found = f"found {rows.dtype} {rows.shape}"
+            raise InputError(f"{path}: expected float32 or float16 (images, R, img_dim), {found}")
         self.num_rows, self.num_regions, self.img_dim = rows.shape
         order = "C" if rows.flags.c_contiguous else "F"
         self._layout = (rows.dtype, "r", rows.offset, rows.shape, order)
         for name, asked in (("num_regions", num_regions), ("img_dim", img_dim)):
-            if asked is not None and asked != getattr(self, name):
-                raise InputError(
-                    f"{path}: {name} is {getattr(self, name)} in the file {rows.shape}, "
-                    f"but {asked} was asked for (--{name}, or the checkpoint)"
-                )
+            found = getattr(self, name)
+            if asked not in (None, found):
+                raise InputError(f"{path}: {name} is {found}; the model or --{name} has {asked}")
 
     def __getitem__(self, rows: int | slice) -> np.ndarray:
         """Rows as float32 (…, R, img_dim), checked to be finite."""
@@ -105,21 +85,15 @@ class RegionFile:
 
     def repeats(self) -> bool:
         """Whether each image stands five times over (looked at in three places)."""
-        if self.num_rows % REPEATED:
-            return False
-        groups = self.num_rows // REPEATED
-        return all(
-            np.array_equal(self[REPEATED * g], self[REPEATED * g + k])
-            for g in {0, groups // 2, groups - 1}
-            for k in range(1, REPEATED)
-        )
+        n_images, rest = divmod(self.num_rows, REPEATED)
+        starts = {REPEATED * image for image in (0, n_images // 2, n_images - 1)}
+        return not rest and all((self[k : k + REPEATED] == self[k]).all() for k in starts)
 
 
 class Captions:
     """Captions as word ids, in one array: worker processes share it instead of copying lists.
 
-    Raises:
-        InputError: for a caption that is too long, with its line in `source`.
+    Raises InputError for a caption that is too long, with its line in `source`.
     """
 
     def __init__(
@@ -153,15 +127,11 @@ class Captions:
 class PrecompDataset(Captions, Dataset):
     """One split: an example is a caption with its image.
 
-    Images and captions can also be gone through apart (`image_blocks`, `caption_blocks`), so
-    that an evaluation encodes each image once.
+    An evaluation goes through images and captions apart (`image_blocks`, `caption_blocks`).
+    Raises InputError for missing files, files of a wrong kind, or counts that do not fit.
 
-    Args:
-        max_captions: keep only the first so many captions (the official code cuts dev at 5,000).
-        img_dim, num_regions: refuse a file of other sizes; None takes what the file holds.
-
-    Raises:
-        InputError: for missing files, files of a wrong kind, or counts that do not fit.
+    img_dim, num_regions: refuse a file of other sizes; None takes what the file holds.
+    max_captions: keep only the first so many captions (the official code cuts dev at 5,000).
     """
 
     def __init__(
@@ -177,26 +147,15 @@ class PrecompDataset(Captions, Dataset):
         self.name, self.split = data_name, split
         ims, caps, ids = find_files(data_path, data_name, split)
         self.regions = RegionFile(ims, img_dim, num_regions)
-        texts = read_captions(caps)
-        self.row_step = self._row_step(len(texts), caps)
-        self.n_images = self.regions.num_rows // self.row_step
-        self.captions_per_image = len(texts) // self.n_images
-        if max_captions:
-            texts = texts[:max_captions]
-            self.n_images = min(self.n_images, -(-len(texts) // self.captions_per_image))
-        super().__init__(texts, vocab, caps)
-        self.image_ids = read_ids(ids, self.regions.num_rows // self.row_step)[: self.n_images]
-
-    def _row_step(self, n_captions: int, caps: Path) -> int:
-        rows = self.regions.num_rows
-        if n_captions == rows:
-            return REPEATED if self.regions.repeats() else 1
-        if n_captions == 0 or n_captions % rows:
-            raise InputError(
-                f"{caps}: {n_captions} captions do not fit the {rows} images of "
-                f"{self.regions.path.name}: expected {REPEATED * rows}, or another multiple"
-            )
-        return 1
+        texts, rows = read_captions(caps), self.regions.num_rows
+        if len(texts) % rows:
+            raise InputError(f"{caps}: {len(texts)} captions do not fit the {rows} images of {ims}")
+        self.row_step = REPEATED if len(texts) == rows and self.regions.repeats() else 1
+        n_images = rows // self.row_step
+        self.captions_per_image = len(texts) // n_images
+        super().__init__(texts[: max_captions or None], vocab, caps)
+        self.n_images = int(self.image_of_caption[-1]) + 1
+        self.image_ids = read_ids(ids, n_images)[: self.n_images]
 
     @property
     def image_of_caption(self) -> np.ndarray:
@@ -221,27 +180,15 @@ class PrecompDataset(Captions, Dataset):
 
 
 def find_files(data_path: str | Path, data_name: str, split: str) -> tuple[Path, Path, Path]:
-    """The paths of a split's regions, captions and (optional) ids.
-
-    Raises:
-        InputError: naming the folder, what it lacks, and how to get it.
-    """
+    """Paths of a split's regions, captions and (optional) ids. Raises InputError if it has none."""
     folder = Path(data_path) / data_name
     ims, caps, ids = (folder / f"{split}_{kind}" for kind in ("ims.npy", "caps.txt", "ids.txt"))
-    if caps.is_file() and not ims.is_file():
-        raise InputError(
-            f"{ims}: not found, though {caps.name} is there. Make the regions with "
-            "scripts/convert_bottom_up.py (from bottom-up attention's TSV) or "
-            "scripts/extract_features.py (from pictures), or fetch them with "
-            "scripts/download_data.py"
-        )
-    if not ims.is_file() or not caps.is_file():
+    if missing := [file.name for file in (ims, caps) if not file.is_file()]:
         splits = sorted(file.name.removesuffix("_ims.npy") for file in folder.glob("*_ims.npy"))
         raise InputError(
-            f"{folder}: {split}_ims.npy and {split}_caps.txt not found (splits there: "
-            f"{', '.join(splits) or 'none'}). Fetch SCAN's features (README, 'Data') and name "
-            "their folder with --data_path, or make the small embedded data set: "
-            "python scripts/make_scenes.py, then --data_name scenes_precomp"
+            f"{folder}: {' and '.join(missing)} not found (splits: {', '.join(splits) or 'none'}). "
+            "Is --data_path right? Of scripts/, download_data.py fetches SCAN's data, "
+            "extract_features.py and convert_bottom_up.py make regions, make_scenes.py small data"
         )
     return ims, caps, ids
 
@@ -249,36 +196,27 @@ def find_files(data_path: str | Path, data_name: str, split: str) -> tuple[Path,
 def read_ids(path: Path, n_images: int) -> list[str]:
     """The image ids of a split, one an image: `{split}_ids.txt`, or numbers where it is missing.
 
-    Files that say each id once for every caption are taken as well.
-
-    Raises:
-        InputError: if the number of ids does not fit.
+    It may say each id once for every caption. Raises InputError if the number of ids does not fit.
     """
     if not path.is_file():
         return [str(image) for image in range(n_images)]
-    ids = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    ids = [line.strip() for line in (ids[:-1] if ids[-1] == "" else ids)]
-    if not ids or len(ids) % n_images:
+    ids = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    if len(ids) % n_images:
         raise InputError(f"{path}: {len(ids)} ids do not fit {n_images} images")
-    return ids[:: len(ids) // n_images]
+    return [line.strip() for line in ids[:: len(ids) // n_images]]
 
 
 def read_boxes(path: Path, n_images: int, num_regions: int) -> np.ndarray | None:
     """The boxes of the regions, `{split}_boxes.npy`, memory-mapped: (n_images, R, 4), or None.
 
-    x1 y1 x2 y2, as shares of the picture (all ≤ 1) or in its pixels.
-
-    Raises:
-        InputError: if there is a file, and it is no such array.
+    x1 y1 x2 y2, as shares of the picture (all ≤ 1) or in its pixels. Raises InputError otherwise.
     """
     if not path.is_file():
         return None
     boxes = open_array(path)
-    if boxes.shape != (n_images, num_regions, 4) or boxes.dtype.kind != "f":
-        raise InputError(
-            f"{path}: expected float boxes ({n_images}, {num_regions}, 4), found {boxes.shape} "
-            f"{boxes.dtype}"
-        )
+    shape = (n_images, num_regions, 4)
+    if boxes.shape != shape or boxes.dtype.kind != "f":
+        raise InputError(f"{path}: expected float boxes {shape}, found {boxes.dtype} {boxes.shape}")
     return boxes
 
 
@@ -299,13 +237,11 @@ def collate(examples: list[tuple[Tensor, Tensor, int, int]]) -> Batch:
 class ShuffledBatches:
     """A batch sampler whose order depends on (seed, epoch) alone: call `set_epoch` each epoch.
 
-    `set_epoch(epoch, start)` leaves out the first `start` batches of an epoch.
-
     A last batch of one example is left out: it has no negative, and no batch statistics. Each of
     several processes gets its share of a batch, longest captions first as `collate` has them; a
     last batch with fewer examples than processes is left out.
 
-    lengths: words of each example's caption.
+    lengths: (C,) words of each example's caption.
     """
 
     def __init__(self, lengths: Tensor, batch_size: int, seed: int) -> None:
@@ -313,6 +249,7 @@ class ShuffledBatches:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The batches of an epoch without its first `start` ones."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -330,10 +267,7 @@ class ShuffledBatches:
 def train_loader(
     dataset: PrecompDataset, batch_size: int, workers: int, seed: int, pin_memory: bool = False
 ) -> DataLoader:
-    """Shuffled batches for training; `loader.batch_sampler.set_epoch(e)` before each epoch.
-
-    The order comes from the sampler's seed; no random number of torch's own is used up.
-    """
+    """Shuffled batches for training; `loader.batch_sampler.set_epoch(e)` before each epoch."""
     return DataLoader(
         dataset,
         batch_sampler=ShuffledBatches(dataset.lengths, batch_size, seed),
@@ -341,7 +275,7 @@ def train_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # so that no random number of torch's own is used up
         worker_init_fn=_leave_signals_to_main,
     )
 

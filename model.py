@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -360,37 +361,49 @@ class LHSC(nn.Module):
         captions: Tensor,
         lengths: Tensor,
         dtype: torch.dtype | None = None,
+        similarity: Similarity | None = None,
     ) -> Tensor:
         """images (B, R, img_dim), captions (C, L), lengths (C,) -> sims (B, C).
 
         dtype: of the large matrix products (torch.bfloat16 in mixed precision), None for the
         weights'. The encoders run under autocast, the similarity casts what it multiplies;
         weights, sums and scores keep their dtype.
+        similarity: scores in place of the model's own.
         """
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             region_emb = self.image_encoder(images)
             word_emb = self.text_encoder(captions, lengths)
-        return self.similarity(region_emb, word_emb, lengths, dtype)
+        similarity = self.similarity if similarity is None else similarity
+        return similarity(region_emb, word_emb, lengths, dtype)
 
 
-def triplet_loss(
-    sims: Tensor,
-    margin: float = 0.2,
-    max_violation: bool = True,
-    image_index: Tensor | None = None,
-) -> Tensor:
-    """Hinge loss of a batch in which image i belongs to caption i (VSE++), summed.
+# -- losses of sims (B, B), of a batch in which image i belongs to caption i ----------------------
 
-    sims (B, B) -> scalar. For each image the negatives are the other captions (its row), for each
-    caption the other images (its column); with `max_violation` only the hardest of each counts.
-    Two captions of one image in a batch are negatives of each other, as in the official code,
-    unless `image_index` (B,) tells which image each row is.
+
+def triplet_loss(sims: Tensor, margin: float = 0.2, max_violation: bool = True) -> Tensor:
+    """Hinge loss (VSE++), summed over the batch.
+
+    For each image the negatives are the other captions (its row), for each caption the other images
+    (its column); with `max_violation` only the hardest of each counts. Two captions of one image
+    in a batch are negatives of each other, as in the official code.
     """
     positive = sims.diagonal()
-    index = torch.arange(len(sims), device=sims.device) if image_index is None else image_index
-    matched = index.unsqueeze(1) == index
+    matched = torch.eye(len(sims), dtype=torch.bool, device=sims.device)
     i2t = (margin + sims - positive.unsqueeze(1)).clamp_min(0).masked_fill(matched, 0)
     t2i = (margin + sims - positive.unsqueeze(0)).clamp_min(0).masked_fill(matched, 0)
     if max_violation:
         return i2t.max(dim=1).values.sum() + t2i.max(dim=0).values.sum()
     return i2t.sum() + t2i.sum()
+
+
+def contrastive_loss(sims: Tensor, image_index: Tensor, temperature: float = 0.05) -> Tensor:
+    """InfoNCE (as in CLIP): cross-entropy over each row and each column, summed over the batch.
+
+    image_index (B,): the image of each row. Other captions of the same image are left out.
+    """
+    itself = torch.arange(len(sims), device=sims.device)
+    same_image = image_index.unsqueeze(1) == image_index
+    others = same_image & (itself.unsqueeze(1) != itself)
+    logits = (sims / temperature).masked_fill(others, -torch.inf)
+    i2t = F.cross_entropy(logits, itself, reduction="sum")
+    return i2t + F.cross_entropy(logits.T, itself, reduction="sum")

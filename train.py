@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 import distributed
-from baselines import SIMILARITIES, build_model
+from baselines import SIMILARITIES, VSESimilarity, build_model
 from checkpoint import MAX_LAYERS, MODEL_OPTIONS
 from data import Batch, PrecompDataset, find_files, train_loader
 from distributed import all_gather_replicated, is_main_process, print_on_main
 from evaluation import PRECISIONS, evaluate
-from model import LHSC, triplet_loss
+from model import LHSC, Similarity, contrastive_loss, triplet_loss
 from run import (
     RunState,
     StopSignal,
@@ -52,10 +52,13 @@ from utils import (
     reuse_freed_memory,
     select_device,
 )
-from vocab import Vocabulary, build_from_data, vocab_file
+from vocab import Vocabulary, build_from_data, read_word_vectors, vocab_file
 
 # What --recipe sets; results/README.md has what each is worth.
-RECIPES = {"official": {}, "modern": {"lr_update": 0, "ema": 0.999}}
+RECIPES = {
+    "official": {},
+    "modern": {"loss": "contrastive", "encoder_epochs": 6, "lr_update": 0, "ema": 0.999},
+}
 
 
 def options() -> argparse.ArgumentParser:
@@ -75,6 +78,8 @@ def options() -> argparse.ArgumentParser:
     add("--img_dim", default=None, type=at_least(1), help="width of a region; None = the file's")
     add("--num_regions", default=None, type=at_least(1), help="of an image; None = the file's")
     add("--word_dim", default=300, type=at_least(1), help="word embedding")
+    add("--word_vectors", default=None, metavar="FILE",
+        help="its first values: a text file of GloVe's format")
     add("--embed_size", default=1024, type=at_least(1), help="joint size D")
     add("--sim_dim", default=256, type=at_least(1), help="similarity size S")
     add("--num_layers", default=1, type=at_least(1, MAX_LAYERS), help="GRU layers")
@@ -100,7 +105,10 @@ def options() -> argparse.ArgumentParser:
     add("--ema", default=0.0, type=number(0, 1), help="decay of averaged weights, e.g. 0.999")
     add("--precision", default="fp32", choices=[*PRECISIONS], help="of the large matrix products")
     add("--grad_clip", default=2.0, type=number(0), help="gradient norm; 0 = no clipping")
-    add("--margin", default=0.2, type=number(0), help="of the hinge loss")
+    add("--loss", default="triplet", choices=["triplet", "contrastive"], help="model.py has both")
+    add("--encoder_epochs", default=0, type=at_least(0),
+        help="first epochs in which VSE++'s cosine trains the encoders alone, contrastively")
+    add("--margin", default=0.2, type=number(0), help="of the triplet loss")
     add("--max_violation", default=True, action=switch, help="only the hardest negative counts")
     add("--warmup_epochs", default=0, type=at_least(0),
         help="first epochs in which all negatives count, against collapse (official: 0)")
@@ -150,16 +158,24 @@ def train_step(
     max_violation: bool = True,
     grad_clip: float = 2.0,
     dtype: torch.dtype | None = None,
+    contrastive: bool = False,
+    similarity: Similarity | None = None,
 ) -> float:
     """One optimizer step; returns the loss, summed over the batch.
 
     dtype: of the large matrix products, None for the weights'.
+    contrastive: contrastive_loss instead of triplet_loss.
+    similarity: scores in place of the model's own.
 
     Raises:
         InputError: if loss or gradient is not finite, before the weights are touched.
     """
-    sims = all_gather_replicated(model(batch.images, batch.captions, batch.lengths, dtype))
-    loss = triplet_loss(sims, margin, max_violation)
+    sims = model(batch.images, batch.captions, batch.lengths, dtype, similarity)
+    sims = all_gather_replicated(sims)
+    if contrastive:
+        loss = contrastive_loss(sims, all_gather_replicated(batch.image_index))
+    else:
+        loss = triplet_loss(sims, margin, max_violation)
     optimizer.zero_grad()
     loss.backward()
     distributed.sum_gradients(model.parameters())
@@ -197,7 +213,7 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
         SystemExit: 130 after SIGINT, 143 after SIGTERM, when the step is done and saved.
     """
     trainset, devset, vocab = load_data(opt)
-    model, ema_model, optimizer = build(opt, device)
+    model, ema_model, optimizer = build(opt, device, None if saved else vocab)
     loader = train_loader(trainset, opt.batch_size, opt.workers, opt.seed, device.type == "cuda")
     if not len(loader):
         raise InputError(f"{opt.data_path}/{opt.data_name}: {len(trainset)} captions make no batch")
@@ -209,11 +225,14 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
     with open_run(opt, state, resumed=saved is not None) as log, StopSignal() as stop:
         log.header(opt, model, device)
         for epoch in range(state.epoch, opt.num_epochs):
-            if opt.patience and epoch - state.best_epoch > opt.patience:
+            if opt.patience and epoch - max(state.best_epoch, opt.encoder_epochs) > opt.patience:
                 print_on_main(f"no better dev rsum in {opt.patience} epochs: stopped")
                 break
             loader.batch_sampler.set_epoch(epoch, state.batch)
-            hardest = opt.max_violation and epoch >= opt.warmup_epochs
+            start = VSESimilarity() if epoch < opt.encoder_epochs else None
+            model.similarity.requires_grad_(start is None)
+            contrastive = start is not None or opt.loss == "contrastive"
+            hardest = opt.max_violation and epoch >= opt.warmup_epochs and not contrastive
             lr = opt.learning_rate * 0.1 ** (epoch // opt.lr_update if opt.lr_update else 0)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -221,8 +240,9 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 model.train()
                 batch = batch.to(device)
                 loss = train_step(
-                    model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype
-                )
+                    model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype,
+                    contrastive, start,
+                )  # fmt: skip
                 state.step += 1
                 state.batch += 1
                 state.loss_sum += loss
@@ -232,7 +252,7 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 is_last = state.batch == len(loader)
                 if state.step % opt.log_step == 0 or is_last:
                     log.train(state, lr, len(loader), 2 * opt.margin * opt.batch_size * hardest)
-                if state.step % opt.val_step == 0 or is_last:
+                if start is None and (state.step % opt.val_step == 0 or is_last):
                     best_model = ema_model or model
                     metrics, _ = evaluate([best_model.eval()], devset, device)
                     is_best = metrics["rsum"] > state.best_rsum
@@ -287,9 +307,14 @@ def load_data(opt: argparse.Namespace) -> tuple[PrecompDataset, PrecompDataset, 
 
 
 def build(
-    opt: argparse.Namespace, device: torch.device
+    opt: argparse.Namespace, device: torch.device, vocab: Vocabulary | None = None
 ) -> tuple[LHSC, LHSC | None, torch.optim.Optimizer]:
-    """The model from its seed, the copy that averages its weights (with --ema), the optimizer."""
+    """The model from its seed, the copy that averages its weights (with --ema), the optimizer.
+
+    vocab: for --word_vectors; None where weights will be restored.
+    """
+    if opt.encoder_epochs >= opt.num_epochs:
+        raise InputError(f"--encoder_epochs {opt.encoder_epochs}: leaves none of --num_epochs")
     if opt.batch_size < distributed.world_size():
         raise InputError(f"--batch_size {opt.batch_size}: fewer examples than processes")
     if opt.deterministic:
@@ -300,6 +325,12 @@ def build(
         model = build_model(**{name: getattr(opt, name) for name in MODEL_OPTIONS}).to(device)
     except (RuntimeError, ValueError) as error:  # overflow, too little memory, dropout above 1
         raise InputError(f"a model of these sizes cannot be made: {error}") from error
+    if vocab is not None and opt.word_vectors is not None:
+        numbers, vectors = read_word_vectors(opt.word_vectors, vocab, opt.word_dim)
+        weight = model.text_encoder.embed.weight.detach()
+        scale = float(weight.std() / vectors.std())  # larger ones saturate the word self-attention
+        weight[numbers] = scale * torch.from_numpy(vectors).to(device)
+        print_on_main(f"{opt.word_vectors}: vectors of {len(numbers)} of {len(vocab)} words")
     ema_model = copy.deepcopy(model).requires_grad_(False) if opt.ema else None
     # Without weight decay AdamW is Adam.
     optimizer = torch.optim.AdamW(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import nltk
+import numpy as np
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
@@ -45,17 +46,10 @@ def sentence_splitter() -> Callable[[str], list[str]]:
     return nltk.sent_tokenize
 
 
-def tokenize(caption: str, split: Callable[[str], list[str]] | None = None) -> list[str]:
-    """`nltk.word_tokenize(caption.lower())`: the words of a caption, without special tokens.
-
-    Raises:
-        TypeError: for bytes; the repr of bytes has cost other ports half their recall.
-    """
-    if not isinstance(caption, str):
-        raise TypeError(f"a caption is text, not {type(caption).__name__}: decode it as UTF-8")
-    split = split or sentence_splitter()
-    words = NLTKWordTokenizer()
-    return [word for sentence in split(caption.lower()) for word in words.tokenize(sentence)]
+def tokenize(caption: str) -> list[str]:
+    """`nltk.word_tokenize(caption.lower())`: the words of a caption, without special tokens."""
+    words, sentences = NLTKWordTokenizer(), sentence_splitter()(caption.lower())
+    return [word for sentence in sentences for word in words.tokenize(sentence)]
 
 
 class Vocabulary:
@@ -75,10 +69,9 @@ class Vocabulary:
         return self.word2idx.get(word, self.word2idx["<unk>"])
 
     def encode(self, caption: str) -> list[int]:
-        """`<start> words <end>` as numbers; at least those two.
+        """`<start> words <end>` as numbers.
 
-        Raises:
-            InputError: for more than MAX_WORDS words; self-attention needs their square of memory.
+        Raises InputError for over MAX_WORDS words: self-attention needs their square of memory.
         """
         words = tokenize(caption)
         if len(words) > MAX_WORDS:
@@ -87,7 +80,7 @@ class Vocabulary:
 
     def fingerprint(self) -> str:
         """Changes when a word or its number does: a checkpoint fits one vocabulary only."""
-        text = "\n".join(self.idx2word[i] for i in range(len(self)))
+        text = "\n".join(self.idx2word.values())
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
@@ -98,38 +91,24 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read SCAN's JSON.
-
-        Raises:
-            InputError: if it is missing, no JSON, has no special tokens, or its numbers are not
-                0 … n−1, each the number of one word.
-        """
-        path = Path(path)
+        """Read SCAN's JSON. Raises InputError if it is missing, or of another kind."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            word2idx = json.loads(Path(path).read_text(encoding="utf-8"))["word2idx"]
+            vocab = cls(sorted(word2idx, key=lambda word: word2idx[word]))
+            vocab.fingerprint()  # JSON can hold half a character, which is no text
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no vocabulary here; name its folder with --vocab_path, or make one: "
                 f"python vocab.py --data_path D --data_name N"
             ) from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not a JSON file: {error}") from error
-        word2idx = content.get("word2idx") if isinstance(content, dict) else None
-        if not isinstance(word2idx, dict) or not {*SPECIAL_TOKENS} <= word2idx.keys():
-            raise InputError(f"{path}: expected SCAN's {{'word2idx': {{'<pad>': 0, …}}, …}}")
-        numbers = list(word2idx.values())
-        if {*map(type, numbers)} != {int} or sorted(numbers) != [*range(len(numbers))]:
-            raise InputError(f"{path}: the {len(numbers)} words should have the numbers 0 … n−1")
-        if word2idx["<pad>"] != 0:
-            raise InputError(f"{path}: <pad> should be number 0, it is {word2idx['<pad>']}")
-        vocab = cls(sorted(word2idx, key=word2idx.get))
-        idx2word = content.get("idx2word")
-        if idx2word is not None and idx2word != {str(i): w for i, w in vocab.idx2word.items()}:
-            raise InputError(f"{path}: idx2word and word2idx disagree")
-        try:
-            vocab.fingerprint()
-        except UnicodeEncodeError as error:  # JSON can hold half a character
-            raise InputError(f"{path}: a word that is not text: {error}") from error
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise InputError(f"{path}: not SCAN's {{'word2idx': …}}: {error}") from error
+        special = [vocab.word2idx.get(word) for word in SPECIAL_TOKENS]
+        if vocab.word2idx != word2idx or special[0] != 0 or None in special:
+            raise InputError(
+                f"{path}: expected words with the numbers 0 … {len(vocab) - 1}, <pad> with 0, and "
+                "<start>, <end>, <unk>"
+            )
         return vocab
 
 
@@ -141,11 +120,7 @@ def build_vocab(captions: Iterable[str], threshold: int = 4) -> Vocabulary:
 
 
 def vocab_file(vocab_path: str | Path, data_name: str) -> Path:
-    """Where SCAN keeps a data set's vocabulary.
-
-    Raises:
-        InputError: if `data_name` is a path, which would lead out of the folder.
-    """
+    """Where SCAN keeps a data set's vocabulary. Raises InputError if `data_name` is a path."""
     if Path(data_name).name != data_name or data_name == "..":
         raise InputError(f"--data_name {data_name}: expected the name of a folder in --data_path")
     return Path(vocab_path) / f"{data_name}_vocab.json"
@@ -154,34 +129,51 @@ def vocab_file(vocab_path: str | Path, data_name: str) -> Path:
 def read_captions(path: str | Path) -> list[str]:
     """The captions of a `{split}_caps.txt`, one a line, LF or CRLF.
 
-    Raises:
-        InputError: if the file is not UTF-8 (with the line), or a line is empty or holds NUL.
+    Raises InputError with the line that is not UTF-8, empty, or holds NUL.
     """
-    path = Path(path)
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
     captions = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(Path(path).read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         try:
-            caption = line.decode("utf-8-sig").strip()
+            captions.append(line.decode("utf-8-sig").strip())
         except UnicodeDecodeError as error:
             raise InputError(f"{path}, line {number}: not UTF-8: {error}") from error
-        if not caption or "\0" in caption:
-            found = "empty" if not caption else "a NUL byte"
-            raise InputError(f"{path}, line {number}: {found}; every line is one caption")
-        captions.append(caption)
+        if not captions[-1] or "\0" in captions[-1]:
+            raise InputError(f"{path}, line {number}: empty, or NUL; every line is one caption")
     return captions
 
 
 def build_from_data(data_path: str | Path, data_name: str, threshold: int = 4) -> Vocabulary:
     """The vocabulary of a data set's train and dev captions."""
-    folder = Path(data_path) / data_name
-    files = [folder / f"{split}_caps.txt" for split in ("train", "dev")]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"{folder}: {' and '.join(missing)} not found; see the README, 'Data'")
-    return build_vocab((c for file in files for c in read_captions(file)), threshold)
+    files = (Path(data_path) / data_name / f"{split}_caps.txt" for split in ("train", "dev"))
+    return build_vocab((caption for file in files for caption in read_captions(file)), threshold)
+
+
+def read_word_vectors(
+    path: str | Path, vocab: Vocabulary, word_dim: int
+) -> tuple[list[int], np.ndarray]:
+    """Pretrained vectors of a vocabulary's words: their numbers, and the vectors (n, word_dim).
+
+    path: GloVe's text format, a line a word: the word and its vector, separated by spaces.
+
+    Raises:
+        InputError: if it has none of the words, or vectors of another size.
+    """
+    found = {}
+    with Path(path).open(encoding="utf-8") as file:
+        for line in file:
+            word, *vector = line.rstrip().split(" ")
+            if word in vocab.word2idx:
+                found[vocab.word2idx[word]] = vector
+    try:
+        vectors = np.array([*found.values()], dtype=np.float32)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    if vectors.shape != (len(found), word_dim) or not np.isfinite(vectors).all():
+        raise InputError(
+            f"{path}: expected vectors of --word_dim {word_dim} numbers, found {vectors.shape} for "
+            f"{len(found)} of the {len(vocab)} words"
+        )
+    return [*found], vectors
 
 
 @one_line

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
 import gc
 import json
 import os
@@ -35,9 +34,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
@@ -53,7 +54,7 @@ from checkpoint import rename_official
 from data import Batch, Captions, PrecompDataset, pad
 from evaluation import encode_captions, encode_images, load, score
 from metrics import recalls, t2i_ranks
-from model import LHSC, EncodedCaptions, EncodedImages, triplet_loss
+from model import LHSC, EncodedImages, triplet_loss
 from utils import (
     InputError,
     at_least,
@@ -73,15 +74,8 @@ LONGEST = 81  # words of Flickr30K's longest caption, with <start> and <end>
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, for matrix products
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}  # of this code's large products
 CANDIDATES = (10, 20, 50, 100, 200)
-
-
-class Size(NamedTuple):
-    R: int
-    img_dim: int
-    D: int
-    S: int
-
-
+GLOBAL_BATCH = {False: 64, True: 16}  # of several processes; True: --quick
+Size = namedtuple("Size", "R img_dim D S")
 SIZES = {"paper": Size(36, 2048, 1024, 256), "small": Size(36, 256, 256, 64)}
 
 
@@ -122,17 +116,10 @@ def random_batch(size: Size, n: int) -> Batch:
     return Batch(torch.rand(n, size.R, size.img_dim), padded, lengths, order, order)
 
 
-def random_encodings(
-    model: LHSC, size: Size, n_images: int, n_captions: int, device: torch.device
-) -> tuple[EncodedImages, EncodedCaptions]:
-    """Unit vectors around a common direction, as those of a trained model are."""
-    lengths = random_captions(n_captions).lengths.to(device)
-    regions = normalize(torch.randn(n_images, size.R, size.D, device=device) + 0.5, dim=-1)
-    words = normalize(torch.randn(int(lengths.sum()), size.D, device=device) + 0.5, dim=-1)
-    with torch.inference_mode():
-        images = EncodedImages(regions, model.similarity.image_global(regions))
-        caption_global = model.similarity.caption_global(words, lengths)
-        return images, EncodedCaptions(words, caption_global, lengths)
+def random_images(size: Size, n: int) -> SimpleNamespace:
+    """What encode_images needs of a data set."""
+    images = torch.rand(n, size.R, size.img_dim)
+    return SimpleNamespace(n_images=n, image_blocks=lambda n, rows: images[rows].split(n))
 
 
 # -- clocks ---------------------------------------------------------------------------------------
@@ -140,12 +127,11 @@ def random_encodings(
 
 def clock(work: Callable[[], object], device: torch.device) -> float:
     """Seconds that `work` takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -157,28 +143,26 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> float | Non
         before = torch.cuda.memory_allocated(device)
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    if not Path("/proc/self/clear_refs").exists():
+        work()
+        return None
 
     def status(name: str) -> float:
         text = Path("/proc/self/status").read_text()
         return 1.024e-3 * int(re.search(rf"{name}:\s+(\d+) kB", text)[1])
 
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or it would be used unseen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = status("VmRSS")
-    except (OSError, AttributeError):
-        work()
-        return None
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or it would be used unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = status("VmRSS")
     work()
     return status("VmHWM") - before
 
 
+Works = dict[str, Callable[[], object]]  # what is compared, by name
+
+
 def compare(
-    what: str,
-    works: dict[str, Callable[[], object]],
-    n: int,
-    device: torch.device,
-    limits: dict[str, Callable[[], float]] | None = None,
+    what: str, works: Works, n: int, device: torch.device, limits: Works | None = None
 ) -> list[dict]:
     """A row for each work, measured n times: seconds, how much faster than the loops, memory.
 
@@ -189,27 +173,22 @@ def compare(
     """
     limits = limits or {}
     peak = {name: peak_memory(work, device) for name, work in works.items()}  # and warm up
-    measures = {name: functools.partial(clock, work, device) for name, work in works.items()}
+    measures = {name: partial(clock, work, device) for name, work in works.items()}
     measures |= {f"limit {precision}": limit for precision, limit in limits.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in measures}
-    for _ in range(n):
-        for name, measure in measures.items():
-            seconds[name].append(measure())
+    turns = [{name: measure() for name, measure in measures.items()} for _ in range(n)]
 
     def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+        return statistics.median(seconds[a] / seconds[b] for seconds in turns)
 
     rows = []
     for name in works:
-        row = {"what": what, "way": name, "seconds": statistics.median(seconds[name])}
+        seconds = statistics.median(seconds[name] for seconds in turns)
+        row = {"what": what, "way": name, "seconds": seconds}
         row |= {f"× {loop}": ratio(loop, name) for loop in works if loop.startswith("official")}
         if limits:
             share = 100 * ratio(f"limit {name if name in limits else 'fp32'}", name)
             if share > 100:
-                raise InputError(
-                    f"{name}: {share:.0f} % of what the matrix products allow. The machine was "
-                    "busy while these were measured; run it again"
-                )
+                raise InputError(f"{name}: {share:.0f} % of the limit. Run it on an idle machine")
             row["% of the limit"] = share
         rows.append(row | {"peak MB": peak[name]})
     return rows
@@ -227,25 +206,22 @@ def use(product: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = product == "tf32"
 
 
-def using(product: str, work: Callable[..., object], *arguments: object) -> Callable[[], object]:
-    def run() -> object:
-        use(product)
-        return work(*arguments)
-
-    return run
+def run(product: str, work: Callable[..., object], *arguments: object) -> object:
+    use(product)
+    return work(*arguments)
 
 
 def ways(
     loop: Callable[[], object], ours: Callable[[torch.dtype | None], object], machine: dict
-) -> dict[str, Callable[[], object]]:
+) -> Works:
     """The official loop, and this code in each precision, with the products that each uses."""
-    chosen, result = machine["chosen"], {"official loop": using("default", loop)}
+    chosen, works = machine["chosen"], {"official loop": partial(run, "default", loop)}
     if chosen != "default":
-        result[f"official loop, {chosen}"] = using(chosen, loop)
+        works[f"official loop, {chosen}"] = partial(run, chosen, loop)
     for precision in machine["products"]:
         product = "tf32" if precision == "tf32" else chosen
-        result[precision] = using(product, ours, DTYPES[precision])
-    return result
+        works[precision] = partial(run, product, ours, DTYPES[precision])
+    return works
 
 
 def rate(product: str, device: torch.device, n: int, S: int) -> float:
@@ -274,8 +250,7 @@ def describe(device: torch.device) -> dict:
     # A processor without bf16 instructions may be hundreds of times slower in it.
     if rate("bf16", device, 256, 64) > rate("default", device, 256, 64):
         products["bf16"] = ["bf16"]
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     default = "MKL" if torch.backends.mkl.is_available() else "PyTorch's default library"
     return machine | {
         "device": f"{cpu_name()}, {torch.get_num_threads()} threads", "products": products,
@@ -292,7 +267,8 @@ def scoring(opt: argparse.Namespace, machine: dict, device: torch.device) -> lis
     size, cpu = SIZES["paper"], device.type == "cpu"
     n_images, n_captions = (100, 100 if opt.quick else 500) if cpu else (1000, 1000)
     official, ours = models(size, device)
-    images, captions = random_encodings(ours, size, n_images, n_captions, device)
+    images = encode_images(ours, random_images(size, n_images), device)
+    captions = encode_captions(ours, random_captions(n_captions), device)
     lengths = captions.lengths.tolist()
     words = torch.nn.utils.rnn.pad_sequence(captions.word_emb.split(lengths), batch_first=True)
 
@@ -309,15 +285,15 @@ def scoring(opt: argparse.Namespace, machine: dict, device: torch.device) -> lis
         n = 2048 if cpu else 8192
         return operations / max(rate(product, device, n, size.S) for product in products)
 
-    works = ways(loop, functools.partial(score, ours, images, captions), machine)
-    limits = {p: functools.partial(limit, names) for p, names in machine["products"].items()}
+    works = ways(loop, partial(score, ours, images, captions), machine)
+    limits = {p: partial(limit, names) for p, names in machine["products"].items()}
     what = f"scoring {n_images:,} images × {n_captions:,} captions"
     rows = compare(what, works, 3 if opt.quick else 5, device, limits)
     sims = {name: np.asarray(work()) for name, work in works.items()}
     for row in rows:
         row["pairs/s"] = n_images * n_captions / row["seconds"]
-        difference = np.abs(sims[row["way"]] - sims["official loop"]).max()
-        row["largest difference"] = float(difference)
+        differences = np.abs(sims[row["way"]] - sims["official loop"])
+        row["largest difference"] = float(differences.max())
     return rows
 
 
@@ -338,7 +314,7 @@ def training(opt: argparse.Namespace, machine: dict, device: torch.device) -> li
     for name, size in SIZES.items():
         x = random_batch(size, n).to(device)
         loop, ours = (
-            functools.partial(train_step, model.train(), torch.optim.Adam(model.parameters()), x)
+            partial(train_step, model.train(), torch.optim.Adam(model.parameters()), x)
             for model in models(size, device)
         )
         what = f"training step, batch {n}, {name} size (D {size.D}, S {size.S})"
@@ -351,20 +327,18 @@ def encoding(opt: argparse.Namespace, machine: dict, device: torch.device) -> li
     size, n_images = SIZES["paper"], 20 if opt.quick else 200
     official, ours = models(size, device)
     captions = random_captions(5 * n_images)
-    images = torch.rand(n_images, size.R, size.img_dim)
+    images = random_images(size, n_images)
 
     @torch.inference_mode()
     def loop() -> None:
         for rows in torch.arange(5 * n_images).split(100):
-            official.img_enc(images[rows // 5].to(device))
+            (block,) = images.image_blocks(100, rows // 5)
+            official.img_enc(block.to(device))
             padded, lengths = pad([captions.words(int(k)) for k in rows])
             official.txt_enc(padded.to(device), lengths)
 
-    @torch.inference_mode()
     def each_once(_: torch.dtype | None) -> None:
-        fused = ours.image_encoder.graph.fused_weights()  # as evaluation.py does
-        for block in images.split(100):
-            ours.image_encoder(block.to(device), fused)
+        encode_images(ours, images, device)
         encode_captions(ours, captions, device)
 
     fp32_only = machine | {"products": {"fp32": machine["products"]["fp32"]}}
@@ -375,94 +349,82 @@ def encoding(opt: argparse.Namespace, machine: dict, device: torch.device) -> li
 def processes(opt: argparse.Namespace, machine: dict, device: torch.device) -> list[dict]:
     """Training steps on one global batch by 1, 2, … processes of this script, under torchrun."""
     most = min(2, os.cpu_count() or 1) if device.type == "cpu" else torch.cuda.device_count()
-    rows, batch_size = [], 16 if opt.quick else 64
+    rows, what = [], f"training step, global batch of {GLOBAL_BATCH[opt.quick]}"
     for n in (n for n in (1, 2, 4, 8) if n <= most):
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "seconds.json"
-            command = [
+        with tempfile.NamedTemporaryFile() as file:
+            subprocess.run([
                 sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node", str(n), __file__, "--worker", str(out),
-                "--batch_size", str(batch_size), "--device", device.type,
-            ]  # fmt: skip
-            result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            if result.returncode:
-                raise InputError(f"{n} processes ended with status {result.returncode}")
-            seconds = json.loads(out.read_text())
+                "--nproc_per_node", str(n), __file__, "--worker", file.name,
+                "--device", device.type, *["--quick"] * opt.quick,
+            ], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)  # fmt: skip
+            seconds = json.loads(Path(file.name).read_text())
+        row = {"what": what, "processes": n, "seconds": seconds}
         one = rows[0]["seconds"] if rows else seconds
-        what = f"training step, global batch of {batch_size}"
-        row = {"what": what, "processes": n, "seconds": seconds, "× one process": one / seconds}
-        rows.append(row)
+        rows.append(row | {"× one process": one / seconds})
     return rows
 
 
-def worker(out: Path, batch_size: int, device: torch.device) -> None:
+def worker(opt: argparse.Namespace, device: torch.device) -> None:
     """One of several processes: the median seconds of three steps."""
     with distributed.process_group(device) as device:
         choose_matmul(device)
-        size, rows = SIZES["paper"], distributed.rank_slice(batch_size)
-        batch = Batch(*(x[rows] for x in random_batch(size, batch_size))).to(device)
+        size, n = SIZES["paper"], GLOBAL_BATCH[opt.quick]
+        rows = distributed.rank_slice(n)
+        batch = Batch(*(x[rows] for x in random_batch(size, n))).to(device)
         model = models(size, device)[1].train()
         adam = torch.optim.Adam(model.parameters())
         seconds = [clock(lambda: train_step(model, adam, batch), device) for _ in range(4)]
         if distributed.is_main_process():
-            out.write_text(json.dumps(statistics.median(seconds[1:])))
+            opt.worker.write_text(json.dumps(statistics.median(seconds[1:])))
 
 
 def search(opt: argparse.Namespace, machine: dict, device: torch.device) -> list[dict]:
     use(machine["chosen"])
-    recall_rows = [row for path in opt.checkpoints for row in candidate_recalls(path)]
-    return recall_rows + [query_times(n) for n in opt.images]
+    return [*map(candidate_recalls, opt.checkpoints), *map(query_times, opt.images)]
 
 
 @torch.inference_mode()
-def candidate_recalls(checkpoint: Path) -> list[dict]:
-    """Text-to-image recalls on test if only some candidates are scored, by how they are picked."""
+def candidate_recalls(checkpoint: Path) -> dict:
+    """Text-to-image recalls on test if only the best candidates are scored."""
     from search import CandidateMap
 
     model, settings, vocab = load(checkpoint, argparse.Namespace())
     data = PrecompDataset(settings["data_path"], settings["data_name"], "test", vocab)
-    device, image_of_caption = torch.device("cpu"), data.image_of_caption
+    device = torch.device("cpu")
     images, captions = encode_images(model, data, device), encode_captions(model, data, device)
     sims = torch.from_numpy(score(model, images, captions))  # (n_images, n_captions)
     best = sims.topk(min(10, len(sims)), dim=0).indices
     candidate_map = CandidateMap.of(model.similarity)
     queries = map(candidate_map.query, word_mean(captions.word_emb, captions.lengths))
-    vectors = candidate_map.stored(images.region_emb.mean(1))
-    rows = []
-    for way, first_stage in (
-        ("inner product", vectors @ torch.stack([*queries]).T),
-        ("cosine of the global vectors", images.image_global @ captions.caption_global.T),
-    ):
-        where = f"{data.name} {data.split}, {way}"
-        row = {"text to image: R@1 / R@10 (of the ten best, kept)": where}
-        for k in (*(k for k in CANDIDATES if k < data.n_images), data.n_images):
-            kept = torch.zeros_like(sims, dtype=torch.bool)
-            kept.scatter_(0, first_stage.topk(k, dim=0).indices, True)
-            ranks = t2i_ranks(sims.masked_fill(~kept, -1).numpy(), image_of_caption)
-            ranks[~kept[image_of_caption, range(len(data))].numpy()] = data.n_images  # lost
-            found, share = recalls(ranks), kept.gather(0, best).float().mean().item()
-            name = "all" if k == data.n_images else f"{k} candidates"
-            row[name] = f"{found['r1']:.1f} / {found['r10']:.1f} ({share:.0%})"
-        rows.append(row)
-    return rows
+    order = candidate_map.stored(images.region_emb.mean(1)) @ torch.stack([*queries]).T
+    row = {"text to image: R@1 / R@10 (of the ten best, kept)": f"{data.name} {data.split}"}
+    for k in (*(k for k in CANDIDATES if k < data.n_images), data.n_images):
+        kept = torch.zeros_like(sims, dtype=torch.bool)
+        kept.scatter_(0, order.topk(k, dim=0).indices, True)
+        found = recalls(t2i_ranks(sims.masked_fill(~kept, -1).numpy(), data.image_of_caption))
+        share = kept.gather(0, best).float().mean().item()
+        name = "all" if k == data.n_images else f"{k} candidates"
+        row[name] = f"{found['r1']:.1f} / {found['r10']:.1f} ({share:.0%})"
+    return row
 
 
 def query_times(n: int) -> dict:
     """Median time of a sentence of 12 words against n images."""
-    from search import Index, IndexWriter
+    from search import Index, write_index
 
     size = SIZES["small"]
     _, model = models(size, torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder:
-        path, start = Path(folder) / "index", time.perf_counter()
-        writer = IndexWriter(path, n, size.R, size.D)
+
+    def blocks() -> Iterator[EncodedImages]:
         for block in torch.arange(n).split(2000):
             regions = torch.randn(len(block), 1, size.D) + torch.randn(len(block), size.R, size.D)
             regions = normalize(regions, dim=-1)
-            writer.add(regions, normalize(regions.mean(1), dim=-1))
-        writer.finish([str(k) for k in range(n)], model)
-        built = time.perf_counter() - start
-        index, rng, times = Index(path, model, vocabulary()), np.random.default_rng(0), []
+            yield EncodedImages(regions, normalize(regions.mean(1), dim=-1))
+
+    times, rng = [], np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        write_index(Path(folder), [str(k) for k in range(n)], blocks(), [])
+        index = Index(Path(folder), model, vocabulary())
         for _ in range(21):
             sentence = " ".join(f"w{k}" for k in rng.integers(8000, size=12))
             start = time.perf_counter()
@@ -470,12 +432,9 @@ def query_times(n: int) -> dict:
             encoded = time.perf_counter()
             index.images_for(caption, top=10)
             times.append((encoded - start, time.perf_counter() - encoded))
-        disk = sum(file.stat().st_size for file in path.iterdir())
     encode, find = 1e3 * np.median(times[1:], axis=0)  # the first one warms up
-    return {
-        "images in the index": n, "GB on disk": disk / 1e9, "seconds to build": built,
-        "ms to encode a sentence": encode, "ms to find its images": find,
-    }  # fmt: skip
+    return {"images in the index": n, "ms to encode a sentence": encode,
+            "ms to find its images": find}  # fmt: skip
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -495,7 +454,7 @@ def markdown(result: dict) -> str:
             tables.setdefault(tuple(row), []).append(row)
     texts = [f"{'; '.join(about)}."]
     for columns, rows in tables.items():
-        cells = [columns, ["---"] * len(columns), *([*map(cell, row.values())] for row in rows)]
+        cells = [columns, ["---"] * len(columns), *(map(cell, row.values()) for row in rows)]
         texts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
     return "\n\n".join(texts)
 
@@ -512,46 +471,28 @@ def write_tables() -> None:
 
     readme, files = ROOT / "results/README.md", sorted((ROOT / "results/speed").glob("*.json"))
     tables = "\n\n".join(markdown(json.loads(file.read_text())) for file in files)
-    text = fill(readme.read_text(encoding="utf-8"), "speed", tables, readme)
-    write_text(readme, text)
+    write_text(readme, fill(readme.read_text(encoding="utf-8"), "speed", tables, readme))
 
 
 # -- the command ----------------------------------------------------------------------------------
 
-PARTS = {
-    "scoring": scoring, "training": training, "encoding": encoding, "search": search,
-    "processes": processes,
-}  # fmt: skip
-DEFAULT = ["scoring", "training", "encoding", "processes"]
+PARTS = {part.__name__: part for part in (scoring, training, encoding, search, processes)}
 
 
 @one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", default=DEFAULT, help=f"of {', '.join(PARTS)}")
+    default = [name for name in PARTS if name != "search"]
+    add("parts", nargs="*", metavar="PART", default=default, help=f"of {', '.join(PARTS)}")
     add("--quick", action="store_true", help="smaller and fewer")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--json", type=Path, metavar="FILE", help="add the figures to those in this file")
     add("--write", action="store_true", help="only write the tables into results/README.md")
-    add(
-        "--checkpoints",
-        nargs="+",
-        default=[],
-        type=Path,
-        metavar="CKPT",
-        help="search: trained models, for the recalls",
-    )
-    add(
-        "--images",
-        nargs="+",
-        default=[1_000, 100_000],
-        type=at_least(1),
-        metavar="N",
-        help="search: sizes of indexes; a million images take 21 GB in $TMPDIR",
-    )
+    add("--checkpoints", nargs="+", default=[], type=Path, help="search: trained models")
+    add("--images", nargs="+", default=[1_000, 100_000], type=at_least(1), metavar="N",
+        help="search: sizes of indexes; a million images take 21 GB in $TMPDIR")  # fmt: skip
     add("--worker", type=Path, help=argparse.SUPPRESS)
-    add("--batch_size", type=at_least(1), help=argparse.SUPPRESS)
     opt = parser.parse_args()
     if unknown := set(opt.parts) - PARTS.keys():
         parser.error(f"no part {min(unknown)}: choose from {', '.join(PARTS)}")
@@ -559,7 +500,7 @@ def main() -> None:
         return write_tables()
     device = select_device(opt.device)
     if opt.worker:
-        return worker(opt.worker, opt.batch_size, device)
+        return worker(opt, device)
     check_targets(opt.json)
     machine = describe(device)
     result = {"machine": machine}

@@ -2,9 +2,8 @@
 
     python scripts/cca.py --data_name f8k_precomp --json results/flickr8k/cca.json
 
-It sees neither the order of the words nor single regions, and nothing is trained step by step
-(Hotelling, 1936; for images and sentences Gong et al., 2014). A trained model should be above it.
-Time grows with captions × words², memory with words².
+It sees neither the order of the words nor single regions (Hotelling, 1936; for images and
+sentences Gong et al., 2014). A trained model should be above it.
 
 Shape letters: B images, C captions, V words of the vocabulary, k = min(img_dim, V).
 """
@@ -45,23 +44,17 @@ def tf_idf(captions: Captions, idf: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class CCA:
-    """What the train pairs of an image x and a caption y have in common.
-
-    idf, y_mean (V,), x_mean (img_dim,), and the covariances xx (img_dim, img_dim), xy (img_dim, V)
-    and yy (V, V).
-    """
+    """Means and covariances of the train pairs of an image x and a caption y."""
 
     def __init__(self, dataset: PrecompDataset, n_words: int) -> None:
-        n = len(dataset)
+        n, x = len(dataset), mean_regions(dataset)
         words = torch.cat([dataset.words(k).unique() for k in range(n)])
-        self.idf = (n / (1 + words.bincount(minlength=n_words).double())).log().clamp_min(0)
-        x = mean_regions(dataset)
-        self.x_mean, self.xx = x.mean(0), torch.cov(x.T, correction=0)
-        x = x - self.x_mean  # (B, img_dim)
-        self.y_mean, self.xy, self.yy = 0, 0, 0
+        self.idf = (n / (1 + words.bincount(minlength=n_words).double())).log().clamp_min(0)  # (V,)
+        self.x_mean, self.xx = x.mean(0), torch.cov(x.T, correction=0)  # xx (img_dim, img_dim)
+        self.y_mean, self.xy, self.yy = 0, 0, 0  # (V,), (img_dim, V), (V, V)
         for block, y in tf_idf(dataset, self.idf):
             self.y_mean = self.y_mean + y.sum(0) / n
-            self.xy = self.xy + x[dataset.image_of_caption[block]].T @ y / n
+            self.xy = self.xy + (x[dataset.image_of_caption[block]] - self.x_mean).T @ y / n
             self.yy = self.yy + y.T @ y / n
         self.yy = self.yy - self.y_mean.outer(self.y_mean)
 
@@ -96,17 +89,17 @@ def inverse_root(covariance: Tensor, shrink: float) -> Tensor:
 @one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--data_path", default="./data", help="folder of the data sets")
-    parser.add_argument("--data_name", default="f30k_precomp", help="its folder in data_path")
-    parser.add_argument("--vocab_path", default="./vocab", help="folder of the vocabularies")
-    parser.add_argument("--json", default=None, type=Path, help="write the metrics")
+    add = parser.add_argument
+    add("--data_path", default="./data", help="folder of the data sets")
+    add("--data_name", default="f30k_precomp", help="its folder in data_path")
+    add("--vocab_path", default="./vocab", help="folder of the vocabularies")
+    add("--json", type=Path, help="write the metrics")
     opt = parser.parse_args()
     check_targets(opt.json)
     vocab = Vocabulary.load(vocab_file(opt.vocab_path, opt.data_name))
-    train = PrecompDataset(opt.data_path, opt.data_name, "train", vocab)
-    dev, test = (
-        PrecompDataset(opt.data_path, opt.data_name, split, vocab, train.regions.img_dim)
-        for split in ("dev", "test")
+    train, dev, test = (
+        PrecompDataset(opt.data_path, opt.data_name, split, vocab)
+        for split in ("train", "dev", "test")
     )
     cca, tried = CCA(train, len(vocab)), {}
     for shrink in SHRINK:
@@ -119,7 +112,7 @@ def main() -> None:
     metrics = retrieval_metrics(sims, test.image_of_caption)
     metrics["bootstrap"] = bootstrap_intervals([image_hits(sims, test.image_of_caption)])
     print(report(metrics))
-    if opt.json is not None:
+    if opt.json:
         metrics |= {"data": f"{test.name} test", "dev_rsum": tried[shrink], "shrink": shrink,
                     "parameters": sum(x.numel() for x in maps)}  # fmt: skip
         write_json(opt.json, metrics)

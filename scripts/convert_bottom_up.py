@@ -11,11 +11,7 @@ writes DATA_PATH/DATA_NAME/
 
 for the images named in --ids, in that order, from any number of files: plain, .gz, or .zip with
 every .tsv in it. Nothing is written if an image is missing or there twice, or if its row is damaged
-or of another size.
-
-Memory: one row and the ids. Disk: 295 kB an image in float32, 33 GB for COCO's train.
-
-Shape letter: R regions of an image (--num_regions).
+or of another size. Memory: one row and the ids. Disk: 295 kB an image in float32.
 """
 
 from __future__ import annotations
@@ -39,7 +35,6 @@ from prepare_captions import check_outputs, few, image_key, read_id_list, write_
 from utils import InputError, at_least, atomic_write, one_line, progress
 
 FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
-DAMAGE = (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile)
 
 
 def unpacked(path: Path) -> Iterator[BinaryIO]:
@@ -70,17 +65,15 @@ def read_rows(paths: list[Path]) -> Iterator[tuple[str, str, dict[str, bytes]]]:
                         raise InputError(f"{where}: expected the columns {', '.join(FIELDS)}")
                     key = image_key(columns[0].decode(errors="replace"))
                     yield where, key, dict(zip(FIELDS, columns, strict=True))
-        except DAMAGE as error:
+        except (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile) as error:
             raise InputError(f"{where}: damaged, or not whole: {error}") from error
 
 
 def decode(text: bytes, shape: tuple[int, int], dtype: str = "float32") -> np.ndarray:
-    """base64 of float32 -> an array of this shape. Raises ValueError if it is not, or not finite.
-
-    If Python 3 wrote it, it may be wrapped as b'…'.
-    """
-    content = base64.b64decode(text.removeprefix(b"b'").removesuffix(b"'"), validate=True)
-    values = np.frombuffer(content, "<f4").reshape(shape).astype(dtype)
+    """base64 of float32 -> a finite array of this shape. Raises ValueError if it is none."""
+    text = text.removeprefix(b"b'").removesuffix(b"'")  # as Python 3 may have written it
+    values = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+    values = values.reshape(shape).astype(dtype)
     if not np.isfinite(values).all():
         raise ValueError(f"NaN, or numbers that {dtype} cannot hold")
     return values
@@ -96,12 +89,17 @@ def relative_boxes(row: dict[str, bytes], num_regions: int) -> np.ndarray:
     return boxes.clip(0, 1).astype(np.float32)
 
 
-def start_array(file: BinaryIO, shape: tuple[int, ...], dtype: str) -> int:
-    """Write the head of a .npy file; returns where its numbers start."""
-    descr = np.dtype(dtype).str
-    header = {"descr": descr, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
+class RowWriter:
+    """Writes a .npy file of this shape, its rows in any order: `writer[k] = row`."""
+
+    def __init__(self, file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        self.file, self.start = file, file.tell()
+
+    def __setitem__(self, k: int, row: np.ndarray) -> None:
+        self.file.seek(self.start + k * row.nbytes)
+        self.file.write(row.tobytes())
 
 
 def convert_rows(
@@ -112,26 +110,19 @@ def convert_rows(
     Raises InputError if an image is missing or there twice, or its row is wrong.
     """
     shape = (opt.num_regions, opt.img_dim)
-    ims_start = start_array(ims_file, (len(ids), *shape), opt.dtype)
-    boxes_start = start_array(boxes_file, (len(ids), opt.num_regions, 4), "float32")
+    ims = RowWriter(ims_file, (len(ids), *shape), opt.dtype)
+    boxes = RowWriter(boxes_file, (len(ids), opt.num_regions, 4), "float32")
     place = {image_key(image_id): k for k, image_id in enumerate(ids)}
     rows = ((where, place[key], row) for where, key, row in read_rows(opt.tsv) if key in place)
     times = np.zeros(len(ids), int)
     for where, k, row in progress(rows, len(ids), "converting"):
         times[k] += 1
         try:
-            regions = decode(row["features"], shape, opt.dtype)
-            boxes = relative_boxes(row, opt.num_regions)
+            ims[k] = decode(row["features"], shape, opt.dtype)
+            boxes[k] = relative_boxes(row, opt.num_regions)
         except ValueError as error:
-            raise InputError(
-                f"{where}, image {ids[k]}: {error} (expected base64 of float32, {shape[0]} regions "
-                f"× {shape[1]}: --num_regions, --img_dim)"
-            ) from error
-        for file, start, values in (
-            (ims_file, ims_start, regions), (boxes_file, boxes_start, boxes),
-        ):  # fmt: skip
-            file.seek(start + k * values.nbytes)
-            file.write(values.tobytes())
+            expected = f"{shape[0]} regions × {shape[1]}: --num_regions, --img_dim"
+            raise InputError(f"{where}, image {ids[k]}: {error} (expected {expected})") from error
     for wrong, what in ((times == 0, "in none of the TSV files"), (times > 1, "there twice")):
         if wrong.any():
             names = few([ids[k] for k in wrong.nonzero()[0]])
@@ -157,7 +148,7 @@ def main() -> None:
         folder / f"{opt.split}_{kind}" for kind in ("ims.npy", "boxes.npy", "ids.txt")
     )
     check_outputs(ids_file, ids, "--ids", ims, boxes)
-    size = len(ids) * opt.num_regions * (opt.img_dim * np.dtype(opt.dtype).itemsize + 16)
+    size = len(ids) * opt.num_regions * (opt.img_dim * np.dtype(opt.dtype).itemsize + 4 * 4)
     if size > shutil.disk_usage(folder).free:
         raise InputError(f"{folder}: {size / 1e9:.2f} GB needed, and not free")
 

@@ -59,29 +59,24 @@ def own_scores(
 def diagnose(
     model: LHSC, vocab: Vocabulary, dataset: PrecompDataset, folder: Path, device: torch.device
 ) -> dict[str, dict]:
-    """Accuracy in percent and number of questions of each kind: {"relation": {…}, …}.
-
-    Kinds without questions are left out.
+    """Accuracy in percent and number of questions of each kind that has any.
 
     Raises:
         InputError: if the folder's scenes or foils are missing, or of another data set.
     """
     scenes = read_lines(folder / f"{dataset.split}_scenes.jsonl")
     foils = read_lines(folder / f"{dataset.split}_foils.jsonl")
-    foils.sort(key=lambda foil: foil["caption"])
-    twin = np.array([-1 if scene["twin"] is None else scene["twin"] for scene in scenes])
     caption_of_foil = np.array([foil["caption"] for foil in foils])
     kinds = np.array([foil["kind"] for foil in foils])
-    fit = len(scenes) == dataset.n_images > twin.max() and caption_of_foil.max() < len(dataset)
-    if not fit:
+    if len(scenes) != dataset.n_images or caption_of_foil.max() >= len(dataset):
         raise InputError(f"{folder}: its scenes or foils are not those of its {dataset.split}")
     images, captions = (f(model, dataset, device) for f in (encode_images, encode_captions))
     image_of_caption = dataset.image_of_caption
     own = own_scores(model, images, captions, image_of_caption)
 
-    swapped = EncodedImages(images.region_emb[twin], images.image_global[twin])
-    right = own > own_scores(model, swapped, captions, image_of_caption)
-    answers = {"relation": right[(twin >= 0)[image_of_caption]]}
+    twin = [scene["twin"] for scene in scenes]
+    twins = EncodedImages(images.region_emb[twin], images.image_global[twin])
+    answers = {"relation": own > own_scores(model, twins, captions, image_of_caption)}
 
     texts = encode_captions(model, Captions([foil["text"] for foil in foils], vocab), device)
     of_foils = own_scores(model, images, texts, image_of_caption[caption_of_foil])
@@ -116,7 +111,7 @@ def main() -> None:
     result = diagnose(model.to(device), vocab, dataset, folder, device)
     for kind, answers in result.items():
         print(f"{kind:9}{answers['accuracy']:6.1f} %  of {answers['questions']:,}")
-    if opt.json is not None:
+    if opt.json:
         write_json(opt.json, {"data": f"{dataset.name} {dataset.split}"} | result)
 
 

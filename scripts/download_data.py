@@ -9,14 +9,12 @@
 writes DATA_PATH/DATA_NAME/{split}_caps.txt, {split}_ids.txt (if the source has it), {split}_ims.npy
 and VOCAB_PATH/DATA_NAME_vocab.json. What is there is never overwritten. The default source, Kaggle,
 needs `pip install kagglehub`, and --gdrive `pip install gdown`. Both continue a partial file when
-the command is run again. Files arrive in KAGGLEHUB_CACHE, or else in DATA_PATH/DATA_NAME.part,
-which is removed at the end.
+the command is run again. Files arrive in DATA_PATH/DATA_NAME.part, or in KAGGLEHUB_CACHE.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 import sys
@@ -28,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import REPEATED, RegionFile, read_ids
+from data import RegionFile, read_ids
 from utils import InputError, atomic_write, one_line
 from vocab import Vocabulary, read_captions, vocab_file
 
@@ -46,9 +44,9 @@ def check_split(counts: list[int], caps: Path, ids: Path, ims: Path) -> str:
     """Describe the files of a split. Raises InputError if one is damaged or has a wrong size."""
     captions, regions = len(read_captions(caps)), RegionFile(ims)
     shape = (regions.num_rows, regions.num_regions, regions.img_dim)
-    repeated = captions == regions.num_rows and regions.repeats()
-    images = regions.num_rows // REPEATED if repeated else regions.num_rows
-    if shape[1:] != REGIONS or images not in counts or captions != CAPTIONS * images:
+    images = captions // CAPTIONS
+    rows = captions if regions.repeats() else images
+    if shape != (rows, *REGIONS) or images not in counts or captions % CAPTIONS:
         expected = " or ".join(f"{(n, *REGIONS)} and {CAPTIONS * n:,} captions" for n in counts)
         raise InputError(f"{ims}: expected {expected}, found {shape} and {captions:,} in {caps}")
     read_ids(ids, images)
@@ -69,12 +67,14 @@ def state_of(data_name: str, part: str, paths: list[Path]) -> tuple[str, str]:
 
 def match(names: list[str], wanted: list[Path]) -> dict[Path, str]:
     """{wanted file: its path in a source}: in a folder of the same name or none, a vocab in any."""
-
-    def fits(there: PurePath, path: Path) -> bool:
-        in_folder = there.parent.name in ("", path.parent.name) or path.suffix == ".json"
-        return there.name == path.name and in_folder
-
-    return {path: name for path in wanted for name in names if fits(PurePath(name), path)}
+    found = {}
+    for path in wanted:
+        for name in names:
+            there = PurePath(name)
+            in_folder = there.parent.name in ("", path.parent.name) or path.suffix == ".json"
+            if there.name == path.name and in_folder:
+                found[path] = name
+    return found
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def errors_of(library: str) -> Iterator[None]:
 
 @errors_of("kagglehub")
 def from_kaggle(wanted: list[Path]) -> dict[Path, Path]:
-    """Fetch the wanted files that Kaggle has: {wanted file: where it lies now}."""
+    """Fetch the wanted files that Kaggle has."""
     import kagglehub
     from kagglesdk import KaggleClient  # comes with kagglehub, which has no listing
     from kagglesdk.datasets.types.dataset_api_service import ApiListDatasetFilesRequest
@@ -121,37 +121,29 @@ def from_gdrive(url: str, wanted: list[Path], folder: Path) -> dict[Path, Path]:
 
 
 def from_archive(archive: Path, wanted: list[Path], folder: Path) -> dict[Path, Path]:
-    """The same from a .zip or .tar. Raises InputError if it is damaged or leads out of `folder`."""
+    """The same from a .zip or .tar. Raises InputError if it is damaged."""
     is_zip, fetched = zipfile.is_zipfile(archive), {}
     try:
         with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as packed:
-            names = packed.namelist() if is_zip else packed.getnames()
-            for name in names:
-                if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-                    raise InputError(f"{archive}: {name} leads out of the folder; not unpacked")
+            names = packed.namelist() if is_zip else [m.name for m in packed if m.isfile()]
             for path, name in match(names, wanted).items():
                 print(f"unpacking {name}", file=sys.stderr)
-                packed.extract(name, folder, **({} if is_zip else {"filter": "data"}))
-                fetched[path] = folder / name
+                fetched[path] = folder / path.name
+                packed_file = packed.open(name) if is_zip else packed.extractfile(name)
+                with packed_file, fetched[path].open("wb") as file:
+                    shutil.copyfileobj(packed_file, file)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError) as error:
         raise InputError(f"{archive}: not a whole .zip or .tar: {error}") from error
     return fetched
 
 
 def fetch(opt: argparse.Namespace, wanted: list[Path], folder: Path) -> dict[Path, Path]:
-    """Fetch the wanted files that the chosen source has, if the disk has room for them."""
-    if not opt.archive and not opt.gdrive:
-        folder = Path(os.environ.setdefault("KAGGLEHUB_CACHE", str(folder.absolute())))
+    """Fetch the wanted files that the chosen source has: {wanted file: where it lies now}."""
     folder.mkdir(parents=True, exist_ok=True)
-    splits = [path.name.removesuffix("_ims.npy") for path in wanted if path.suffix == ".npy"]
-    images = sum(min(IMAGES[opt.data_name][split]) for split in splits)
-    here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    need, free = images * math.prod(REGIONS) * 4 - here, shutil.disk_usage(folder).free
-    if need > free:
-        raise InputError(f"{folder}: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
     if opt.gdrive:
         return from_gdrive(opt.gdrive, wanted, folder)
     if not opt.archive:
+        os.environ.setdefault("KAGGLEHUB_CACHE", str(folder.absolute()))
         return from_kaggle(wanted)
     unpacked = [from_archive(archive, wanted, folder) for archive in opt.archive]
     return {path: file for files in unpacked for path, file in files.items()}
@@ -197,8 +189,7 @@ def run(opt: argparse.Namespace) -> None:
         print(f"{part:8} fetched  {text}", flush=True)
     if problems:
         raise InputError(f"{'; '.join(problems)} (in this source; delete a file that is wrong)")
-    if part_folder.is_dir():
-        shutil.rmtree(part_folder)
+    shutil.rmtree(part_folder)
 
 
 @one_line

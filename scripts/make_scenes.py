@@ -12,14 +12,12 @@ The same options give the same bytes:
     data/scenes_precomp/{split}_scenes.jsonl          what was drawn, one JSON object per picture
     data/scenes_precomp/{split}_foils.jsonl           captions with one wrong word
 
-A scene is two groups of objects in a relation; a group is one to three objects of one size, colour
-and shape. A quarter of the scenes have a third group elsewhere. Every picture has a TWIN: the same
-groups in another relation. A caption names both groups and their relation, so it is true of its
-picture and false of the twin. A model that sees objects but not relations has to guess between
+A scene is two groups of one to three equal objects in a relation; a quarter of the scenes have a
+third group. Every picture has a TWIN: the same groups in another relation. A caption is true of
+its picture and false of the twin. A model that sees objects but not relations has to guess between
 twins, which gives rsum 499.6 on test. A model that scores more has read relations.
 
-Train pictures come in families of four: the same groups in each of the four relations. Two groups
-that share a family or a pair of twins share no other, in any split.
+Two groups that share a family (below) of pictures share no other, in any split.
 
 Shape letters: n pictures, b pictures in a block, R = 36 regions.
 """
@@ -33,18 +31,20 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, at_least, atomic_write, one_line, progress, write_text
+from utils import InputError, at_least, one_line, progress, write_text
 
 SPLITS = ("train", "dev", "test")
 CAPTIONS = 5  # per picture
@@ -52,6 +52,7 @@ CAPTIONS = 5  # per picture
 # -- scenes ---------------------------------------------------------------------------------------
 
 COUNT_WORDS = {1: ("a", "one"), 2: ("two",), 3: ("three",)}
+IS = {1: "is", 2: "are", 3: "are"}
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 RADIUS = {"small": 6.0, "large": 10.0}  # pixels
 COLOURS = {
@@ -76,14 +77,9 @@ SHAPES = {  # corners of each shape within the unit circle
                        [1, 3], [-1, 3], [-1, 1], [-3, 1], [-3, -1], [-1, -1]]) / math.sqrt(10),
 }  # fmt: skip
 
-
-class Group(NamedTuple):
-    """Objects that look alike and stand close together."""
-
-    count: int
-    size: str
-    colour: str
-    shape: str
+VALUES = {"count": COUNT_WORDS, "size": SIZE_WORDS, "colour": COLOURS, "shape": SHAPES}
+Group = namedtuple("Group", VALUES)  # objects that look alike and stand close together
+GROUPS = [Group(*values) for values in itertools.product(*VALUES.values())]
 
 
 class Relation(NamedTuple):
@@ -98,17 +94,14 @@ class Relation(NamedTuple):
 
 
 RELATIONS = {
-    "left of": Relation(
-        0, -1, "right of", ("left of", "to the left of"), "to {their} left", "on the left"
-    ),
-    "right of": Relation(
-        0, 1, "left of", ("right of", "to the right of"), "to {their} right", "on the right"
-    ),
+    "left of": Relation(0, -1, "right of", ("left of", "to the left of"),
+                        "to {their} left", "on the left"),
+    "right of": Relation(0, 1, "left of", ("right of", "to the right of"),
+                         "to {their} right", "on the right"),
     "above": Relation(1, -1, "below", ("above", "over"), "above {them}", "at the top"),
-    "below": Relation(
-        1, 1, "above", ("below", "under", "beneath"), "below {them}", "at the bottom"
-    ),
-}
+    "below": Relation(1, 1, "above", ("below", "under", "beneath"),
+                      "below {them}", "at the bottom"),
+}  # fmt: skip
 
 
 class Scene(NamedTuple):
@@ -116,11 +109,8 @@ class Scene(NamedTuple):
 
     groups: tuple[Group, ...]
     relation: str
-    twin: int | None = None  # index of the twin in the split
 
 
-VALUES = {"count": COUNT_WORDS, "size": SIZE_WORDS, "colour": COLOURS, "shape": SHAPES}
-GROUPS = [Group(*values) for values in itertools.product(*VALUES.values())]
 THIRD_GROUP = 0.25  # share of scenes with one
 # Pictures of the same groups, each in another relation. A model learns relations from such
 # pictures that meet in a batch; in families of four, three times as many meet as in twins.
@@ -138,50 +128,39 @@ def may_meet(a: Group, b: Group, split: str) -> bool:
     return of_split and (a.colour, a.shape) != (b.colour, b.shape)
 
 
-def draw_scenes(split: str, n: int, rng: np.random.Generator) -> list[Scene]:
+def draw_scenes(split: str, n: int, rng: Generator) -> list[Scene]:
     """n different scenes, twins next to each other. A larger n only appends scenes.
 
     Raises:
         InputError: if the split has fewer than n scenes.
     """
     pairs = [pair for pair in itertools.combinations(GROUPS, 2) if may_meet(*pair, split)]
-    used: set[frozenset[Group]] = set()
+    used: set[frozenset[Group]] = set()  # pairs of groups
     scenes: list[Scene] = []
     for k in rng.permutation(len(pairs)):
-        if len(scenes) >= n:
-            break
         groups = [pairs[k][i] for i in rng.permutation(2)]
         if frozenset(groups) in used:
             continue
         if rng.random() < THIRD_GROUP:
-            groups += third_group(groups, split, used, rng)
-        used.update(frozenset(pair) for pair in itertools.combinations(groups, 2))
-        for relation in draw_relations(FAMILY[split], rng):
-            twin = len(scenes) ^ 1
-            scenes.append(Scene(tuple(groups), relation, twin if twin < n else None))
-    if len(scenes) < n:
-        raise InputError(f"--{split} {n}: this split has only {len(scenes)} different scenes")
-    return scenes[:n]
+            free = [
+                c for c in GROUPS
+                if all(may_meet(c, g, split) and frozenset((c, g)) not in used for g in groups)
+            ]  # fmt: skip
+            groups += [free[rng.integers(len(free))]] if free else []
+        used.update(map(frozenset, itertools.combinations(groups, 2)))
+        scenes += [Scene(tuple(groups), r) for r in draw_relations(FAMILY[split], rng)]
+        if len(scenes) >= n:
+            return scenes[:n]
+    raise InputError(f"--{split} {n}: this split has only {len(scenes)} different scenes")
 
 
-def draw_relations(n: int, rng: np.random.Generator) -> list[str]:
+def draw_relations(n: int, rng: Generator) -> list[str]:
     """n different relations; the first two are opposite in two of three cases."""
-    relations = [str(r) for r in rng.permutation(list(RELATIONS))]
+    relations = rng.permutation(list(RELATIONS)).tolist()
     opposite = relations.index(RELATIONS[relations[0]].opposite)
     if rng.random() < 0.5:
         relations[1], relations[opposite] = relations[opposite], relations[1]
     return relations[:n]
-
-
-def third_group(
-    groups: list[Group], split: str, used: set[frozenset[Group]], rng: np.random.Generator
-) -> list[Group]:
-    """One group that may join these two, or none."""
-    free = [
-        c for c in GROUPS
-        if all(may_meet(c, g, split) and frozenset((c, g)) not in used for g in groups)
-    ]  # fmt: skip
-    return [free[rng.integers(len(free))]] if free else []
 
 
 # -- pictures -------------------------------------------------------------------------------------
@@ -193,7 +172,7 @@ SHIFT = 6  # pixels by which their centres may differ across the axis
 OVERSAMPLE = 4
 
 
-def cluster(count: int, radius: float, rng: np.random.Generator) -> np.ndarray:
+def cluster(count: int, radius: float, rng: Generator) -> np.ndarray:
     """Centres (count, 2) of objects that do not touch, around the middle of their box."""
     step, turn = 2 * radius + rng.uniform(1, 3), rng.uniform(0, 2 * math.pi)
     if count == 3 and rng.random() < 0.5:
@@ -204,7 +183,7 @@ def cluster(count: int, radius: float, rng: np.random.Generator) -> np.ndarray:
     return centres - (centres.min(axis=0) + centres.max(axis=0)) / 2
 
 
-def lay_out(scene: Scene, rng: np.random.Generator) -> tuple[list[np.ndarray], list[float]]:
+def lay_out(scene: Scene, rng: Generator) -> tuple[list[np.ndarray], list[float]]:
     """Centres (count, 2) in pixels and the radius of each group.
 
     Layouts are drawn until one fits into the picture. Related groups are apart along the axis of
@@ -230,20 +209,18 @@ def lay_out(scene: Scene, rng: np.random.Generator) -> tuple[list[np.ndarray], l
             return [c + m for c, m in zip(clusters, middles, strict=True)], radii
 
 
-def stand_aside(
-    middles: list[np.ndarray], halves: list[np.ndarray], rng: np.random.Generator
-) -> list[np.ndarray]:
+def stand_aside(middles: list, halves: list, rng: Generator) -> list[np.ndarray]:
     """One middle of the third group's box, clear of the two others, or none after 40 tries."""
-    half = halves[2]
+    *others, half = halves
     for _ in range(40):
         middle = rng.uniform(half + MARGIN, SIDE - half - MARGIN)
-        gaps = [np.abs(middle - m) - half - h for m, h in zip(middles, halves[:2], strict=True)]
+        gaps = [np.abs(middle - m) - half - h for m, h in zip(middles, others, strict=True)]
         if all(gap.max() >= 3 for gap in gaps):
             return [middle]
     return []
 
 
-def ground(rng: np.random.Generator) -> Image.Image:
+def ground(rng: Generator) -> Image.Image:
     """A pale, slightly uneven surface."""
     tone = rng.uniform(196, 228) + rng.uniform(-10, 10, size=3)
     surface = np.broadcast_to(tone, (SIDE, SIDE, 3)).copy()
@@ -253,12 +230,9 @@ def ground(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(surface.clip(0, 255).astype(np.uint8))
 
 
-def draw(
-    scene: Scene, places: list[np.ndarray], radii: list[float], rng: np.random.Generator
-) -> Image.Image:
-    """The picture of a scene, SIDE × SIDE."""
-    size = (SIDE * OVERSAMPLE, SIDE * OVERSAMPLE)
-    picture = ground(rng).resize(size, Image.Resampling.BILINEAR)
+def draw(scene: Scene, places: list, radii: list[float], rng: Generator) -> Image.Image:
+    """The picture of a scene, SIDE × SIDE; places and radii as lay_out gives them."""
+    picture = ground(rng).resize([SIDE * OVERSAMPLE] * 2, Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(picture)
     for group, centres, radius in zip(scene.groups, places, radii, strict=True):
         for centre in centres:
@@ -267,8 +241,8 @@ def draw(
                                  [-math.sin(turn), math.cos(turn)]])  # fmt: skip
             corners = (SHAPES[group.shape] * radius @ rotation + centre) * OVERSAMPLE
             fill = (np.array(COLOURS[group.colour]) + rng.uniform(-12, 12, 3)).clip(0, 255)
-            edge = tuple(int(c) for c in 0.72 * fill)
-            pen.polygon([tuple(c) for c in corners], tuple(int(c) for c in fill), edge, OVERSAMPLE)
+            inside, edge = (tuple(colour.astype(int).tolist()) for colour in (fill, 0.72 * fill))
+            pen.polygon(corners.ravel().tolist(), inside, edge, OVERSAMPLE)
     return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
@@ -298,34 +272,23 @@ ASIDES = ("{s}; there {is_c} also {c}", "{s}, and {c} elsewhere", "{s}; {c} can 
 NAMES_THIRD = 0.4  # share of captions that name the third group
 
 
-class Caption(NamedTuple):
-    sentence: str  # without capital and full stop
-    phrases: dict[Group, str]  # how it names each group
-
-    def text(self) -> str:
-        return f"{self.sentence[0].upper()}{self.sentence[1:]}."
+def draw_synonyms(group: Group, rng: Generator) -> tuple[int, int]:
+    """Which of its words a caption uses for the group's count, and which for its size."""
+    return rng.integers(len(COUNT_WORDS[group.count])), rng.integers(len(SIZE_WORDS[group.size]))
 
 
-def shape_word(group: Group) -> str:
-    """`circle`, or `circles`."""
-    plural = "" if group.count == 1 else "es" if group.shape.endswith("s") else "s"
-    return f"{group.shape}{plural}"
-
-
-def noun_phrase(group: Group, rng: np.random.Generator) -> str:
+def noun_phrase(group: Group, synonyms: tuple[int, int]) -> str:
     """`two small blue squares`."""
-    count, size = rng.choice(COUNT_WORDS[group.count]), rng.choice(SIZE_WORDS[group.size])
-    return f"{count} {size} {group.colour} {shape_word(group)}"
+    count, size = COUNT_WORDS[group.count][synonyms[0]], SIZE_WORDS[group.size][synonyms[1]]
+    plural = "" if group.count == 1 else "es" if group.shape.endswith("s") else "s"
+    return f"{count} {size} {group.colour} {group.shape}{plural}"
 
 
-def verbs(group: Group, letter: str) -> dict[str, str]:
-    """The verbs {is_a}, {has_a} and {lies_a} that agree with a group."""
-    is_, has, lies = ("is", "has", "lies") if group.count == 1 else ("are", "have", "lie")
-    return {f"is_{letter}": is_, f"has_{letter}": has, f"lies_{letter}": lies}
+def write_captions(scene: Scene, rng: Generator) -> list[tuple[str, dict]]:
+    """Five different captions, and the synonyms by which each names its groups.
 
-
-def write_captions(scene: Scene, rng: np.random.Generator) -> list[Caption]:
-    """Five different captions; every second one tells the relation from the other side."""
+    Every second one tells the relation from the other side.
+    """
     captions = []
     templates = SENTENCES + SENTENCES_OF_TWO * (len(scene.groups) == 2)
     for k, t in enumerate(rng.permutation(len(templates))[:CAPTIONS]):
@@ -333,24 +296,26 @@ def write_captions(scene: Scene, rng: np.random.Generator) -> list[Caption]:
         if k % 2:
             a, b, relation = b, a, RELATIONS[relation.opposite]
         with_third = len(scene.groups) == 3 and rng.random() < NAMES_THIRD
-        aside = str(rng.choice(ASIDES)) if with_third else None
-        phrases = {a: noun_phrase(a, rng), b: noun_phrase(b, rng)}
+        aside = rng.choice(ASIDES) if with_third else None
+        synonyms = {a: draw_synonyms(a, rng), b: draw_synonyms(b, rng)}
         them, their = ("it", "its") if b.count == 1 else ("them", "their")
         sentence = templates[t].format(
-            a=phrases[a], b=phrases[b], **verbs(a, "a"), **verbs(b, "b"),
+            a=noun_phrase(a, synonyms[a]), b=noun_phrase(b, synonyms[b]),
+            is_a=IS[a.count], lies_a="lies" if a.count == 1 else "lie",
+            is_b=IS[b.count], has_b="has" if b.count == 1 else "have",
             near_b=rng.choice(relation.prepositions),
             at_b=relation.side.format(them=them, their=their),
             where_a=relation.place, where_b=RELATIONS[relation.opposite].place,
         )  # fmt: skip
-        if aside is not None:
+        if with_third:
             c = scene.groups[2]
-            phrases[c] = noun_phrase(c, rng)
-            sentence = aside.format(s=sentence, c=phrases[c], **verbs(c, "c"))
-        captions.append(Caption(sentence, phrases))
+            synonyms[c] = draw_synonyms(c, rng)
+            sentence = aside.format(s=sentence, c=noun_phrase(c, synonyms[c]), is_c=IS[c.count])
+        captions.append((f"{sentence.capitalize()}.", synonyms))
     return captions
 
 
-def foils(caption: Caption, scene: Scene, rng: np.random.Generator) -> dict[str, str]:
+def foils(text: str, synonyms: dict, scene: Scene, rng: Generator) -> dict[str, str]:
     """For each attribute, the caption with one word changed so that it is false of the picture.
 
     A count changes between two and three only, so that no other word has to agree. A caption that
@@ -360,45 +325,31 @@ def foils(caption: Caption, scene: Scene, rng: np.random.Generator) -> dict[str,
     for attribute, values in VALUES.items():
         changes = [
             (group, other)
-            for group in caption.phrases
+            for group in synonyms
             for value in values
             if (other := group._replace(**{attribute: value})) not in scene.groups
             and (attribute != "count" or min(group.count, value) > 1)
         ]
         if changes:
             group, other = changes[rng.integers(len(changes))]
-            phrase = caption.phrases[group]
-            sentence = caption.sentence.replace(phrase, renamed(phrase, group, other))
-            texts[attribute] = caption._replace(sentence=sentence).text()
+            right, wrong = (noun_phrase(g, synonyms[group]) for g in (group, other))
+            texts[attribute] = text.lower().replace(right, wrong).capitalize()
     return texts
-
-
-def renamed(phrase: str, group: Group, other: Group) -> str:
-    """A group's noun phrase, changed to name another group by words of the same style."""
-    count, size, *_ = phrase.split()
-    count = COUNT_WORDS[other.count][COUNT_WORDS[group.count].index(count)]
-    size = SIZE_WORDS[other.size][SIZE_WORDS[group.size].index(size)]
-    return f"{count} {size} {other.colour} {shape_word(other)}"
 
 
 # -- features of 36 windows -----------------------------------------------------------------------
 
 GRID, WINDOW, STRIDE = 6, 36, 12  # windows overlap; (GRID − 1) · STRIDE + WINDOW = SIDE
 N_COLOUR, N_EDGE, N_PART, N_PLACE = 16, 24, 80, 12
+CORNERS = range(0, GRID * STRIDE, STRIDE)
+BOXES = np.float32([(x, y, x + WINDOW, y + WINDOW) for y in CORNERS for x in CORNERS])  # (R, 4)
 PLACE_GAIN = 3.0  # so that 12 numbers of a window's place count beside 227 of its content
 FEATURE_BLOCK = 16  # pictures at a time
 
 
-def window_boxes() -> np.ndarray:
-    """The windows, row by row: float32 (R, 4), x1 y1 x2 y2 in pixels."""
-    corner = np.arange(GRID) * STRIDE
-    y, x = (c.ravel() for c in np.meshgrid(corner, corner, indexing="ij"))
-    return np.stack([x, y, x + WINDOW, y + WINDOW], axis=1).astype(np.float32)
-
-
 def window_places() -> Tensor:
     """Where each window is, (R, N_PLACE): its corners, and waves of its centre along x and y."""
-    boxes = torch.from_numpy(window_boxes()) / SIDE
+    boxes = torch.from_numpy(BOXES) / SIDE
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     waves = [f(math.pi * k * centre) for k in (1, 2) for f in (torch.sin, torch.cos)]
     return torch.cat([boxes, *waves], dim=1)
@@ -426,33 +377,26 @@ def region_features(pixels: np.ndarray) -> np.ndarray:
     Features of a window come from its own pixels: the mean colour of its 3 × 3 cells, the mean
     response of colour, edge and part filters after a ReLU, the largest response of part filters,
     and its place. Parts are filters on the map of edges.
-
-    Raises:
-        ValueError: for pixels of another shape or type.
     """
-    if pixels.shape[1:] != (SIDE, SIDE, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"expected uint8 (n, {SIDE}, {SIDE}, 3): {pixels.dtype} {pixels.shape}")
     colour, bias, edge, part = fixed_filters()
     places = window_places()
-    blocks = []
-    for start in range(0, len(pixels), FEATURE_BLOCK):
-        block = torch.from_numpy(pixels[start : start + FEATURE_BLOCK])
+    features = []
+    for block in torch.from_numpy(pixels).split(FEATURE_BLOCK):
         images = block.permute(0, 3, 1, 2).float() / 255 - 0.5  # (b, 3, SIDE, SIDE)
-        cells = F.unfold(F.avg_pool2d(images, STRIDE), WINDOW // STRIDE).transpose(1, 2)
         colours = F.relu(F.conv2d(images, colour, bias))
         edges = F.relu(F.conv2d(images, edge))
         # Parts see 10 × 10 pixels: 4 × 4 of the halved map of edges, which see 3 × 3.
         parts = F.relu(F.conv2d(F.avg_pool2d(edges, 2), part))
-        features = [
-            cells,
+        of_block = [
+            F.unfold(F.avg_pool2d(images, STRIDE), WINDOW // STRIDE).transpose(1, 2),
             pool_windows(F.avg_pool2d, colours, step=1, sees=1),
             pool_windows(F.avg_pool2d, edges, step=1, sees=3),
             pool_windows(F.avg_pool2d, parts, step=2, sees=10),
             pool_windows(F.max_pool2d, parts, step=2, sees=10),
             places.expand(len(block), -1, -1),
         ]
-        blocks.append(torch.cat(features, dim=2))  # (b, R, 239)
-    return torch.cat(blocks).numpy()
+        features.append(torch.cat(of_block, dim=2))  # (b, R, 239)
+    return torch.cat(features).numpy()
 
 
 def pool_windows(pool: Callable[..., Tensor], maps: Tensor, step: int, sees: int) -> Tensor:
@@ -467,50 +411,35 @@ def pool_windows(pool: Callable[..., Tensor], maps: Tensor, step: int, sees: int
 # -- files ----------------------------------------------------------------------------------------
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    atomic_write(path, lambda file: np.save(file, array))
-
-
 def make_split(out: Path, split: str, scenes: list[Scene], seed: int) -> np.ndarray:
     """Write a split without its features; returns them (n, R, 239), not standardised.
 
     Each picture has its own random generator, so that it does not depend on the other options.
     """
-    images, folder = out / "scenes_images" / split, out / "scenes_precomp"
-    for stale in images.glob(f"{split}_*.png"):
-        stale.unlink()
-    ids, records, captions, wrong = [], [], [], []
-    pixels = np.empty((len(scenes), SIDE, SIDE, 3), dtype=np.uint8)
+    folder, pixels = out / "scenes_precomp", []
+    ids, captions, records, wrong = [], [], [], []
     for index, scene in enumerate(progress(scenes, len(scenes), f"drawing {split}")):
-        rng = np.random.default_rng([seed, SPLITS.index(split), 1 + index])
+        rng = default_rng([seed, SPLITS.index(split), 1 + index])
         places, radii = lay_out(scene, rng)
-        name = f"{split}_{index:05}.png"
         picture = draw(scene, places, radii, rng)
-        picture.save(images / name, compress_level=1)
-        pixels[index] = np.asarray(picture)
-        for caption in write_captions(scene, rng):
-            wrong += [
-                json.dumps({"caption": len(captions), "kind": kind, "text": text})
-                for kind, text in foils(caption, scene, rng).items()
-            ]
-            captions.append(caption.text())
+        ids.append(f"{split}_{index:05}.png")
+        picture.save(out / "scenes_images" / split / ids[-1], compress_level=1)
+        pixels.append(np.asarray(picture))
+        for text, synonyms in write_captions(scene, rng):
+            for kind, foil in foils(text, synonyms, scene, rng).items():
+                wrong.append(json.dumps({"caption": len(captions), "kind": kind, "text": foil}))
+            captions.append(text)
         groups = [
             group._asdict() | {"radius": round(radius, 1), "centres": centres.round(1).tolist()}
             for group, centres, radius in zip(scene.groups, places, radii, strict=True)
         ]
-        record = {"image": name, "groups": groups, "relation": scene.relation, "twin": scene.twin}
+        record = {"image": ids[-1], "groups": groups, "relation": scene.relation, "twin": index ^ 1}
         records.append(json.dumps(record))
-        ids.append(name)
-    write_lines(folder / f"{split}_ids.txt", ids)
-    write_lines(folder / f"{split}_caps.txt", captions)
-    write_lines(folder / f"{split}_scenes.jsonl", records)
-    write_lines(folder / f"{split}_foils.jsonl", wrong)
-    save_array(folder / f"{split}_boxes.npy", np.repeat(window_boxes()[None], len(scenes), axis=0))
-    return region_features(pixels)
+    texts = {"ids.txt": ids, "caps.txt": captions, "scenes.jsonl": records, "foils.jsonl": wrong}
+    for name, lines in texts.items():
+        write_text(folder / f"{split}_{name}", "".join(f"{line}\n" for line in lines))
+    np.save(folder / f"{split}_boxes.npy", np.repeat(BOXES[None], len(scenes), axis=0))
+    return region_features(np.stack(pixels))
 
 
 def make_scenes(out: Path, seed: int, sizes: dict[str, int]) -> None:
@@ -519,12 +448,13 @@ def make_scenes(out: Path, seed: int, sizes: dict[str, int]) -> None:
     Raises:
         InputError: if the data set cannot have these sizes, before anything is written.
     """
-    if sizes["test"] % 2:
-        raise InputError(f"--test {sizes['test']}: test pictures are twins, give an even number")
-    scenes = {
-        split: draw_scenes(split, sizes[split], np.random.default_rng([seed, k, 0]))
-        for k, split in enumerate(SPLITS)
-    }
+    scenes = {}
+    for k, split in enumerate(SPLITS):
+        if sizes[split] % 2:
+            raise InputError(
+                f"--{split} {sizes[split]}: pictures come in twins; give an even number"
+            )
+        scenes[split] = draw_scenes(split, sizes[split], default_rng([seed, k, 0]))
     folder = out / "scenes_precomp"
     for path in (folder, *(out / "scenes_images" / split for split in SPLITS)):
         path.mkdir(parents=True, exist_ok=True)
@@ -532,28 +462,24 @@ def make_scenes(out: Path, seed: int, sizes: dict[str, int]) -> None:
     features = {split: make_split(out, split, scenes[split], seed) for split in SPLITS}
     mean = features["train"].mean(axis=(0, 1), dtype=np.float64)
     std = features["train"].std(axis=(0, 1), dtype=np.float64) + 1e-6
-    gain = np.ones(len(std))
+    gain = np.ones(len(std), dtype=np.float32)
     gain[-N_PLACE:] = PLACE_GAIN
-    for split in SPLITS:
-        standardised = ((features[split] - mean) / std).astype(np.float32)
-        save_array(folder / f"{split}_ims.npy", standardised * gain.astype(np.float32))
-        n, mb = sizes[split], standardised.nbytes / 1e6
+    for split, n in sizes.items():
+        standardised = ((features[split] - mean) / std).astype(np.float32) * gain
+        np.save(folder / f"{split}_ims.npy", standardised)
+        mb = standardised.nbytes / 1e6
         print(f"{split:6}{n:6,} pictures, {n * CAPTIONS:6,} captions, {mb:.1f} MB of features")
     print(f"{folder}: a model that sees no relations guesses between twins: R@1 50.0, rsum 499.6")
 
 
 @one_line
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--out", default="data", type=Path, help="folder of the data sets")
-    add("--seed", default=0, type=at_least(0), help="seed of scenes, pictures and captions")
-    add("--train", default=2000, type=at_least(1), help="number of train pictures")
-    add("--dev", default=200, type=at_least(1), help="number of dev pictures")
-    add("--test", default=400, type=at_least(1), help="number of test pictures, even")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", default="data", type=Path, help="folder of the data sets")
+    parser.add_argument("--seed", default=0, type=at_least(0), help="of all that is drawn")
+    for split, n in (("train", 2000), ("dev", 200), ("test", 400)):
+        what = f"number of {split} pictures, even (default: {n})"
+        parser.add_argument(f"--{split}", default=n, type=at_least(1), help=what)
     opt = parser.parse_args()
     make_scenes(opt.out, opt.seed, {split: getattr(opt, split) for split in SPLITS})
 

@@ -10,16 +10,13 @@ reads a file of Karpathy's caption_datasets.zip and writes
 
 for train (with Karpathy's restval, as in SCAN), dev (his val) and test. COCO's 5,000 test images
 are testall, and the first 1,000 of them are test. An image's first five captions are taken.
+Nothing is written if an image is missing, is there twice or has fewer.
 
 The images come in Karpathy's order. If you have features already, take theirs with --split and
 --order. COCO's own files know no dev and test, so they always need both:
 
     python scripts/prepare_captions.py --coco captions_train2014.json captions_val2014.json \\
         --data_name coco_precomp --split dev --order dev_ids.txt
-
-Ids are compared without folder, suffix, COCO's prefix and leading zeros, so that
-val2014/COCO_val2014_000000391895.jpg and 391895 are the same image. Nothing is written if an image
-is missing, is there twice or has too few captions.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,8 +47,7 @@ def image_key(image_id: str) -> str:
 
     "val2014/COCO_val2014_000000391895.jpg" -> "391895", "images/a_dog.jpg" -> "a_dog".
     """
-    name = image_id.strip().rpartition("/")[2]
-    stem = re.sub(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", "", name, flags=re.IGNORECASE)
+    stem = PurePath(image_id.strip()).stem
     number = re.fullmatch(r"(?:COCO_[a-z]+[0-9]+_)?0*([0-9]+)", stem)
     return number[1] if number else stem
 
@@ -64,19 +60,16 @@ def few(names: list[str]) -> str:
 def unique_keys(ids: Iterable[str], source: str | Path) -> list[str]:
     """The key of each image. Raises InputError if an image is there twice."""
     keys = [image_key(image_id) for image_id in ids]
-    doubled = [key for key, count in Counter(keys).items() if count > 1]
-    if doubled:
+    if doubled := [key for key, count in Counter(keys).items() if count > 1]:
         raise InputError(f"{source}: {len(doubled):,} images are there twice: {few(doubled)}")
     return keys
 
 
 def read_id_list(path: Path) -> list[str]:
-    """The images of an `_ids.txt`, each once; older files repeat the line for every caption.
-
-    Raises InputError if there are none, or an image is named in two places.
-    """
+    """The images of an `_ids.txt`. Raises InputError for none, or one that is in two places."""
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    ids = [image_id for image_id, _ in groupby(line.strip() for line in lines if line.strip())]
+    lines = [line.strip() for line in lines if line.strip()]
+    ids = [image_id for image_id, _ in groupby(lines)]  # older files repeat it for every caption
     if not unique_keys(ids, path):
         raise InputError(f"{path}: no image ids in it")
     return ids
@@ -88,8 +81,7 @@ def check_outputs(ids_file: Path, ids: list[str], option: str, *others: Path) ->
         if path.exists():
             raise InputError(f"{path}: exists already; remove it to write it again")
     if ids_file.is_file() and [*map(image_key, read_id_list(ids_file))] != [*map(image_key, ids)]:
-        raise InputError(f"{ids_file}: has other images or another order; keep it with {option}, "
-                         "or remove it")  # fmt: skip
+        raise InputError(f"{ids_file}: other images or another order; keep it with {option}")
     check_targets(ids_file, *others)
 
 
@@ -107,12 +99,14 @@ class Image(NamedTuple):
 
 def read_karpathy(path: Path) -> list[Image]:
     """The images of a dataset_*.json, in file order."""
-    images = []
-    for entry in json.loads(path.read_bytes())["images"]:
-        image_id = str(entry.get("cocoid", entry["filename"]))
-        captions = [sentence["raw"] for sentence in entry["sentences"]]
-        images.append(Image(image_id, SCAN_SPLIT[entry["split"]], captions))
-    return images
+    return [
+        Image(
+            id=str(entry.get("cocoid", entry["filename"])),
+            split=SCAN_SPLIT[entry["split"]],
+            captions=[sentence["raw"] for sentence in entry["sentences"]],
+        )
+        for entry in json.loads(path.read_bytes())["images"]
+    ]
 
 
 def read_coco(path: Path) -> list[Image]:
@@ -121,65 +115,50 @@ def read_coco(path: Path) -> list[Image]:
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
         coco = COCO(path)
-    images = []
-    for image_id in coco.imgs:
-        annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
-        images.append(Image(str(image_id), None, [one["caption"] for one in annotations]))
-    return images
+    annotations = {image: coco.loadAnns(sorted(coco.getAnnIds(image))) for image in coco.imgs}
+    return [Image(str(i), None, [a["caption"] for a in own]) for i, own in annotations.items()]
 
 
 def read_images(opt: argparse.Namespace) -> dict[str, Image]:
-    """The images of all files by their key, in file order.
-
-    Raises InputError if a file is of another kind, or an image is there twice.
-    """
-    images = []
+    """The images of all files by their key. Raises InputError for a file of another kind."""
+    images, source = [], "COCO" if opt.coco else "Karpathy"
     for path in opt.coco or [opt.karpathy]:
         try:
             images += read_coco(path) if opt.coco else read_karpathy(path)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
-            expected = "COCO's captions_*.json" if opt.coco else "Karpathy's dataset_*.json"
-            raise InputError(f"{path}: not as in {expected}: {error!r}") from error
+            raise InputError(
+                f"{path}: not {source}'s captions: {type(error).__name__}: {error}"
+            ) from error
     return dict(zip(unique_keys((image.id for image in images), path), images, strict=True))
 
 
 def choose_ids(images: dict[str, Image], split: str | None, order: Path | None) -> dict[str, list]:
-    """The image ids of each split to write.
+    """The image ids of each split to write; all splits, or one in a given order.
 
     Raises InputError if `order` names images that are unknown or of another of Karpathy's splits:
     what was trained on must not be tested on. A split of a new name takes any image.
     """
     splits = {name: [i.id for i in images.values() if i.split == name] for name in SPLITS}
-    splits["testall"] = splits["test"]
+    if len(splits["test"]) > COCO_1K:
+        splits["testall"] = splits["test"]
     if order:
         ids, known = read_id_list(order), {*map(image_key, splits.get(split) or images)}
         unknown = [image_id for image_id in ids if image_key(image_id) not in known]
         if unknown:
-            raise InputError(
-                f"{order}: {len(unknown):,} of its {len(ids):,} images are not in the {split} "
-                f"split of the annotations: {few(unknown)}"
-            )
+            count = f"{len(unknown):,} of its {len(ids):,} images"
+            raise InputError(f"{order}: {count} are not in the {split} split: {few(unknown)}")
         return {split: ids}
-    splits["test"] = splits["testall"][:COCO_1K]
-    if splits["test"] == splits["testall"]:
-        del splits["testall"]
+    splits["test"] = splits["test"][:COCO_1K]
     return {name: ids for name, ids in splits.items() if ids}
 
 
 def first_captions(images: list[Image]) -> list[str]:
-    """The first five captions of every image, each on one line; empty ones do not count.
-
-    Raises InputError if an image has fewer.
-    """
-    captions, short = [], []
-    for image in images:
-        own = [" ".join(caption.split()) for caption in image.captions if caption.strip()]
-        captions += own[:PER_IMAGE]
-        if len(own) < PER_IMAGE:
-            short.append(f"{image.id} ({len(own)})")
-    if short:
+    """The first five captions of every image, each on one line. Raises InputError for fewer."""
+    captions = [[" ".join(c.split()) for c in image.captions if c.strip()] for image in images]
+    counts = [(image.id, len(own)) for image, own in zip(images, captions, strict=True)]
+    if short := [f"{image} ({count})" for image, count in counts if count < PER_IMAGE]:
         raise InputError(f"{len(short):,} images have fewer than five captions: {few(short)}")
-    return captions
+    return [caption for own in captions for caption in own[:PER_IMAGE]]
 
 
 @one_line
@@ -196,12 +175,10 @@ def main() -> None:
     opt = parser.parse_args()
     if bool(opt.split) != bool(opt.order) or (opt.coco and not opt.order):
         parser.error("--split NAME and --order FILE go together, and --coco needs them")
-    images = read_images(opt)
-    splits = choose_ids(images, opt.split, opt.order)
+    images, outputs = read_images(opt), {}
     folder = Path(opt.data_path) / opt.data_name
     folder.mkdir(parents=True, exist_ok=True)
-    outputs = {}
-    for split, ids in splits.items():
+    for split, ids in choose_ids(images, opt.split, opt.order).items():
         caps, ids_file = folder / f"{split}_caps.txt", folder / f"{split}_ids.txt"
         check_outputs(ids_file, ids, "--order", caps)
         outputs[caps] = first_captions([images[image_key(image_id)] for image_id in ids])

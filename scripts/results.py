@@ -16,9 +16,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -26,7 +24,7 @@ from ablations import SETS
 from diagnose import KINDS
 from visualize import curves_figure, plt, read_log
 
-from utils import InputError, atomic_write, one_line, write_text
+from utils import InputError, one_line, write_text
 
 # Options that may differ between the seeds of a variant: places, and how often a run logs.
 APART = {"seed", "data_path", "vocab_path", "model_name", "logger_name", "resume", "workers"}
@@ -39,34 +37,27 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-class Seed(NamedTuple):
+class Seed:
     """The logs of one run of a variant."""
 
-    log: dict[str, list[dict]]
-    test: dict
-    diagnosis: dict
-    dev: float  # rsum of the checkpoint that was tested
-    minutes: float  # of training steps, each as long as the median one; without validation
-
-
-def read_seed(folder: Path) -> Seed:
-    log, test = read_log(folder), read_json(folder / "test.json")
-    diagnosis = folder / "diagnosis.json"
-    dev, step = max(line["rsum"] for line in log["dev"]), log["train"][-1]["step"]
-    minutes = step * statistics.median(line["batch_time"] for line in log["train"]) / 60
-    return Seed(log, test, read_json(diagnosis) if diagnosis.is_file() else {}, dev, minutes)
+    def __init__(self, folder: Path) -> None:
+        self.log, self.test = read_log(folder), read_json(folder / "test.json")
+        diagnosis = folder / "diagnosis.json"
+        self.diagnosis = read_json(diagnosis) if diagnosis.is_file() else {}
+        self.dev = max(line["rsum"] for line in self.log["dev"])  # of the checkpoint tested
+        seconds = statistics.median(line["batch_time"] for line in self.log["train"])
+        self.minutes = self.log["train"][-1]["step"] * seconds / 60  # of steps, not of validation
 
 
 def read_set(name: str) -> dict[str, list[Seed]]:
     """The runs of a set of ablations.py, by the title of their variant.
 
-    Raises:
-        InputError: if the seeds of a variant differ in an option that both logs have.
+    Raises InputError if the seeds of a variant differ in an option that both logs have.
     """
     found = {}
     for variant, (title, _) in SETS[name].variants.items():
         folders = sorted((ROOT / "results" / name).glob(f"{variant}-s[0-9]*"))
-        seeds = [read_seed(folder) for folder in folders]
+        seeds = [Seed(folder) for folder in folders]
         for folder, seed in zip(folders, seeds, strict=True):
             first, other = (x.log["run"][0]["arguments"] for x in (seeds[0], seed))
             for option in first.keys() & other.keys() - APART:
@@ -113,7 +104,7 @@ def recalls(title: str, tests: list[dict], dev: list[float]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def photo_rows() -> list[dict[str, str]]:
+def photo_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
     """Recalls on the test photographs: the linear baseline, and a row a variant."""
     rows, path = [], ROOT / "results/flickr8k/cca.json"
     if path.is_file():
@@ -122,20 +113,20 @@ def photo_rows() -> list[dict[str, str]]:
         size = f"{cca['parameters'] / 1e6:.2f} M"
         rest = {"epochs": "–", "parameters": size, "training": "closed form", "on": "–"}
         rows.append(columns | {"seeds": "–"} | rest)
-    for title, seeds in read_set("flickr8k").items():
+    for title, seeds in photos.items():
         columns = recalls(title, [seed.test for seed in seeds], [seed.dev for seed in seeds])
         epochs = statistics.mean(seed.log["train"][-1]["epoch"] + 1 for seed in seeds)
         rows.append(columns | {"epochs": f"{epochs:.0f}"} | cost(seeds))
     return rows
 
 
-def scene_rows() -> list[dict[str, str]]:
+def scene_rows(scenes: dict[str, list[Seed]]) -> list[dict[str, str]]:
     """Accuracy on relations, attributes and counts: a row a variant."""
     return [
         {"model": title, "seeds": str(len(seeds))}
         | {kind: spread([seed.diagnosis[kind]["accuracy"] for seed in seeds]) for kind in KINDS}
         | {"test rsum": spread([seed.test["rsum"] for seed in seeds])} | cost(seeds)
-        for title, seeds in read_set("scenes").items()
+        for title, seeds in scenes.items()
     ]  # fmt: skip
 
 
@@ -157,10 +148,6 @@ def paper_tables() -> str:
     return f"{markdown(measured)}\n\n{markdown(steps)}" if measured else markdown(steps)
 
 
-def plain(title: str) -> str:
-    return title.replace("`", "")
-
-
 def scenes_figure(found: dict[str, list[Seed]]) -> plt.Figure:
     """What each variant gets right of each kind: a bar to the mean, a dot a seed."""
     size = (12, 0.8 + 0.36 * len(found))
@@ -172,15 +159,9 @@ def scenes_figure(found: dict[str, list[Seed]]) -> plt.Figure:
             ax.plot(values, [y] * len(values), "o", color="#1f4e79", ms=4)
         ax.axvline(50, color="grey", lw=1, ls=":")
         ax.set(title=kind, xlim=(45, 101), xlabel="accuracy (%)")
-    axes[0].set_yticks(range(len(found)), [*map(plain, found)])
+    axes[0].set_yticks(range(len(found)), [*found])
     axes[0].invert_yaxis()
     return fig
-
-
-def draw(name: str, figure: Callable[[dict], plt.Figure], found: dict) -> None:
-    if found:
-        path = ROOT / "fig" / name
-        atomic_write(path, lambda file: figure(found).savefig(file, format="png", dpi=110))
 
 
 # -- the command line -----------------------------------------------------------------------------
@@ -202,13 +183,14 @@ def main() -> None:
     what.add_argument("--write", action="store_true", help="write the tables and figures")
     what.add_argument("--check", action="store_true", help="compare the tables with the files")
     opt = parser.parse_args()
-    photos = photo_rows()
-    short = [{column: row[column] for column in SHORT} for row in photos]
+    photos, scenes = read_set("flickr8k"), read_set("scenes")
+    rows = photo_rows(photos)
+    short = [{column: row[column] for column in SHORT} for row in rows]
+    long = {"flickr8k": markdown(rows), "scenes": markdown(scene_rows(scenes))}
     tables = {
         ROOT / "README.md": {"results": markdown(short)},
-        ROOT / "results/README.md": {"flickr8k": markdown(photos), "scenes": markdown(scene_rows()),
-                                     "paper": paper_tables()},
-    }  # fmt: skip
+        ROOT / "results/README.md": long | {"paper": paper_tables()},
+    }
     for path, by_name in tables.items():
         before = text = path.read_text(encoding="utf-8")
         for name, table in by_name.items():
@@ -219,9 +201,11 @@ def main() -> None:
         if opt.write:
             write_text(path, text)
     if opt.write:
-        photos = {plain(title): s[0].log for title, s in read_set("flickr8k").items()}
-        draw("flickr8k.png", curves_figure, photos)
-        draw("scenes.png", scenes_figure, read_set("scenes"))
+        if photos:
+            logs = {title.replace("`", ""): seeds[0].log for title, seeds in photos.items()}
+            curves_figure(logs).savefig(ROOT / "fig/flickr8k.png", dpi=110)
+        if scenes:
+            scenes_figure(scenes).savefig(ROOT / "fig/scenes.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@
     python scripts/search.py index PHOTOS               # only make or update the index
 
 PHOTOS is a folder of photographs, or the {split}_ims.npy of a data set (--pictures names the folder
-of its pictures). The model is pretrained/flickr8k unless --model_path names another. Photographs
-become regions as in extract_features.py, with the projection.npz beside the model.
-
-The index is kept in PHOTOS.index (or --index), and updated when a picture or the model changed.
+of its pictures). Photographs become regions as in extract_features.py, with the projection.npz
+beside the model. The index is kept in PHOTOS.index (or --index), and updated when a picture or the
+model changed.
 
 Up to 2,000 images, LHSC scores all; beyond that 200 candidates. LHSC's score is not an inner
 product. But its local alignment becomes one if every word attends to all regions equally and counts
@@ -19,17 +18,18 @@ the local alignment, w of the score, and c = Pᵀ w:
     w · (P (v − q)² + p) = Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d + what does not depend on the image,
 
 the inner product of [v, Σ_d c_d v_d²] and [−2 c ∘ q, 1]. The candidates are the images where it is
-largest. They keep more of LHSC's answers than the cosine of the global vectors (results/README.md).
+largest. `benchmark.py search` measures how many of LHSC's answers they keep.
 
 Shape letters: n images, B images of a block, R regions, D joint size.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,23 +41,25 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
 import extract_features as features
-from visualize import attention_figure, explain_embedded, plt, shares_of
+from visualize import attention_figure, explain, plt
 
 from attention import word_mean
 from baselines import with_local_alignments
 from data import REPEATED, Captions, RegionFile, open_array, read_boxes, read_ids
 from evaluation import ENCODE_BATCH, encode_captions, load
+from graph_layers import FusedWeights
 from model import LHSC, EncodedCaptions, EncodedImages, Similarity
-from utils import InputError, at_least, one_line, progress, select_device, write_json
+from utils import InputError, at_least, choose_matmul, one_line, progress, select_device, write_json
 from vocab import Vocabulary, tokenize
 
 PRETRAINED = ROOT / "pretrained/flickr8k/model.pth.tar"
 EXHAUSTIVE = 2_000  # images up to which LHSC scores all of them
 CANDIDATES = 200  # images that it scores beyond that
-FLAT = 200_000  # images up to which the candidates are found by comparing all vectors
 SCORE_CHUNK = 512  # images scored at once
 ANSWERS = 12  # on the page
 THUMBNAIL = 320  # pixels a side
+
+Hit = tuple[int, float]  # an image of the index, and its score
 
 # -- candidates -----------------------------------------------------------------------------------
 
@@ -82,67 +84,33 @@ class CandidateMap(NamedTuple):
         return torch.cat([-2 * self.c * word_mean, torch.ones_like(self.c[:1])])
 
 
-def write_inverted_file(path: Path, vectors: np.ndarray) -> None:
-    """faiss's IVF of image vectors (n, D+1): 4 √n lists, trained on 40 images per list."""
-    faiss = features.import_extra("faiss")
-    lists = int(4 * len(vectors) ** 0.5)
-    index = faiss.index_factory(vectors.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-    index.cp.max_points_per_centroid = 40
-    index.train(vectors)
-    index.add(vectors)
-    faiss.write_index(index, str(path))
-
-
 # -- an index on disk -----------------------------------------------------------------------------
 
-FILES = ("index.json", "region_emb.npy", "image_global.npy", "image_mean.npy", "candidates.faiss")
+FILES = ("region_emb.npy", "image_global.npy", "image_mean.npy")
 
 
-class IndexWriter:
-    """Writes an index block by block, into a folder:
+def write_index(
+    folder: Path, ids: list[str], blocks: Iterable[EncodedImages], made_from: list[str]
+) -> None:
+    """Write encoded images, which `ids` names, into a folder, with one block in memory:
 
     region_emb.npy    (n, R, D) float16
     image_global.npy  (n, D) float32
     image_mean.npy    (n, D) float32, the mean region
-    candidates.faiss  beyond FLAT images: an inverted file of the image vectors
     index.json        the images' names, and what the index was made from; it is written last
-
-    Memory: one block; beyond FLAT images 4 n (D + 1) floats while the inverted file is made.
-    Raises InputError if faiss is needed and missing.
     """
-
-    def __init__(self, folder: Path, n_images: int, num_regions: int, embed_size: int) -> None:
-        if n_images > FLAT:
-            features.import_extra("faiss")  # missed before the work, not after it
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:  # removed, not overwritten: a server may have them mapped
-            (folder / name).unlink(missing_ok=True)
-        self.folder = folder
-        self._files = [(folder / name).open("xb") for name in FILES[1:4]]
-        shapes = ("<f2", (num_regions, embed_size)), ("<f4", (embed_size,)), ("<f4", (embed_size,))
-        for file, (dtype, shape) in zip(self._files, shapes, strict=True):
-            features.write_header(file, dtype, (n_images, *shape))
-
-    def add(self, region_emb: Tensor, image_global: Tensor) -> None:
-        """The next images: (B, R, D), (B, D)."""
-        arrays = region_emb.half(), image_global, region_emb.mean(1)
-        for file, array in zip(self._files, arrays, strict=True):
-            file.write(array.cpu().numpy().tobytes())
-
-    def finish(self, ids: list[str], model: LHSC, made_from: list[str] | None = None) -> None:
-        """ids: a name per image."""
-        for file in self._files:
-            file.close()
-        if len(ids) > FLAT:
-            means = torch.from_numpy(np.load(self.folder / "image_mean.npy"))  # (n, D)
-            vectors = CandidateMap.of(model.similarity).stored(means).numpy()  # (n, D+1)
-            write_inverted_file(self.folder / "candidates.faiss", vectors)
-        write_json(self.folder / "index.json", {"made_from": made_from, "ids": ids})
-
-
-class Hit(NamedTuple):
-    index: int  # of the image
-    score: float
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("index.json", *FILES):  # removed, not overwritten: a server may have them mapped
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context((folder / name).open("xb")) for name in FILES]
+        for region_emb, image_global in blocks:
+            arrays = region_emb.half(), image_global, region_emb.mean(1)
+            for file, array in zip(files, (x.cpu().numpy() for x in arrays), strict=True):
+                if file.tell() == 0:
+                    features.write_header(file, array.dtype.str, (len(ids), *array.shape[1:]))
+                file.write(array.tobytes())
+    write_json(folder / "index.json", {"made_from": made_from, "ids": ids})
 
 
 class Index:
@@ -155,14 +123,8 @@ class Index:
         self.ids = json.loads((folder / "index.json").read_text())["ids"]
         self.region_emb = open_array(folder / "region_emb.npy")  # (n, R, D)
         self.image_global = torch.from_numpy(np.array(open_array(folder / "image_global.npy")))
-        self.inverted_file = None
-        if (folder / "candidates.faiss").is_file():
-            faiss = features.import_extra("faiss")
-            self.inverted_file = faiss.read_index(str(folder / "candidates.faiss"))
-            self.inverted_file.nprobe = max(1, self.inverted_file.nlist // 32)
-        else:
-            image_mean = torch.from_numpy(np.array(open_array(folder / "image_mean.npy")))
-            self._vectors = self.map.stored(image_mean)  # (n, D+1)
+        image_mean = torch.from_numpy(np.array(open_array(folder / "image_mean.npy")))
+        self.vectors = self.map.stored(image_mean)  # (n, D+1)
 
     def encode(self, sentence: str) -> EncodedCaptions:
         """A sentence as one encoded caption."""
@@ -173,20 +135,13 @@ class Index:
         region_emb = torch.from_numpy(self.region_emb[rows].astype(np.float32))
         return EncodedImages(region_emb.to(self.device), self.image_global[rows].to(self.device))
 
-    def candidates(self, caption: EncodedCaptions, n: int) -> np.ndarray:
-        """The n images whose vectors fit a caption best; fewer if the inverted file finds fewer."""
-        query = self.map.query(word_mean(caption.word_emb, caption.lengths)[0].cpu())
-        if self.inverted_file is None:
-            return (self._vectors @ query).topk(n).indices.numpy()
-        found = self.inverted_file.search(query[None].numpy(), n)[1][0]
-        return found[found >= 0]
-
     @torch.inference_mode()
     def images_for(self, caption: EncodedCaptions, top: int) -> list[Hit]:
         """The images that score highest with a caption: of all, or of the candidates."""
         rows = np.arange(len(self.ids))
         if len(rows) > EXHAUSTIVE:
-            rows = np.sort(self.candidates(caption, CANDIDATES))
+            query = self.map.query(word_mean(caption.word_emb, caption.lengths)[0].cpu())
+            rows = (self.vectors @ query).topk(CANDIDATES).indices.sort().values.numpy()
         chunks = np.split(rows, range(SCORE_CHUNK, len(rows), SCORE_CHUNK))
         sims = [self.model.similarity.score(self.images(chunk), caption) for chunk in chunks]
         return best(rows, torch.cat(sims)[:, 0], top)
@@ -199,7 +154,7 @@ class Index:
 
 def best(rows: np.ndarray, sims: Tensor, top: int) -> list[Hit]:
     order = sims.argsort(descending=True, stable=True)[:top].tolist()
-    return [Hit(int(rows[k]), float(sims[k])) for k in order]
+    return [(int(rows[k]), float(sims[k])) for k in order]
 
 
 # -- photographs, or the split of a data set ------------------------------------------------------
@@ -213,15 +168,19 @@ class Searcher:
 
     def __init__(self, opt: argparse.Namespace) -> None:
         self.opt, self.device = opt, select_device(opt.device)
+        choose_matmul(self.device)
         model, _, self.vocab = load(opt.model_path, argparse.Namespace())
         self.model = model.to(self.device).eval()
         with_local_alignments(self.model.similarity)  # refused before the work, not after it
+        self.encoder = self.model.image_encoder
+        self.sizes = self.encoder.fc.in_features, self.model.num_regions  # img_dim, R
         projection = opt.model_path.with_name("projection.npz")
         self.projection = projection if projection.is_file() else None
         self.is_split = opt.source.name.endswith("ims.npy")
+        self.prefix = str(opt.source).removesuffix("ims.npy")  # of the split's files
         if self.is_split:
             self.pictures = opt.pictures
-            self.files = {file.name: file for file in (opt.source, self._beside("ids.txt"))}
+            self.files = {kind: Path(f"{self.prefix}{kind}") for kind in ("ims.npy", "ids.txt")}
         else:
             self.pictures = opt.source
             self.files = features.find_pictures(opt.source)
@@ -234,38 +193,28 @@ class Searcher:
         self._update_index([opt.backbone, *stamps])
         self.index = Index(self.folder, self.model, self.vocab)
 
-    def _beside(self, kind: str) -> Path:
-        """Another file of the split."""
-        name = self.opt.source.name.removesuffix("ims.npy")
-        return self.opt.source.with_name(f"{name}{kind}")
-
     @torch.inference_mode()
     def _update_index(self, made_from: list[str]) -> None:
         """Make the index anew, unless it was made from the same."""
         file = self.folder / "index.json"
         if file.is_file() and json.loads(file.read_text())["made_from"] == made_from:
             return
-        ids, blocks = self._split_regions() if self.is_split else self._photo_regions()
-        R, D = self.model.num_regions, self.model.image_encoder.fc.out_features
-        writer = IndexWriter(self.folder, len(ids), R, D)
-        for regions in progress(blocks, -(-len(ids) // ENCODE_BATCH), "encoding"):
-            writer.add(*self.encode_images(torch.from_numpy(regions)))
-        writer.finish(ids, self.model, made_from)
+        ids, blocks = self._regions()
+        n_blocks, fused = -(-len(ids) // ENCODE_BATCH), self.encoder.graph.fused_weights()
+        encoded = (self.encode_images(torch.from_numpy(block), fused) for block in blocks)
+        write_index(self.folder, ids, progress(encoded, n_blocks, "encoding"), made_from)
         print(f"note: {self.opt.source} has a new index, {self.folder}", file=sys.stderr)
 
-    def _photo_regions(self) -> tuple[list[str], Iterator[np.ndarray]]:
-        """Names, and regions (B, R, img_dim) block by block."""
-        kept = features.extract(self.extractor, self.files, self.folder / "regions")
-        files = [*kept.values()]
-        chunks = (files[k : k + ENCODE_BATCH] for k in range(0, len(files), ENCODE_BATCH))
-        return [*kept], (np.stack([np.load(file) for file in chunk]) for chunk in chunks)
-
-    def _split_regions(self) -> tuple[list[str], Iterator[np.ndarray]]:
-        """The same of a split."""
-        sizes = self.model.image_encoder.fc.in_features, self.model.num_regions
-        regions = RegionFile(self.opt.source, *sizes)
+    def _regions(self) -> tuple[list[str], Iterator[np.ndarray]]:
+        """The images' names, and their regions (B, R, img_dim) block by block."""
+        if not self.is_split:
+            kept = features.extract(self.extractor, self.files, self.folder / "regions")
+            files = [*kept.values()]
+            chunks = (files[k : k + ENCODE_BATCH] for k in range(0, len(files), ENCODE_BATCH))
+            return [*kept], (np.stack([np.load(file) for file in chunk]) for chunk in chunks)
+        regions = RegionFile(self.opt.source, *self.sizes)
         step = REPEATED if regions.repeats() else 1
-        ids = read_ids(self._beside("ids.txt"), regions.num_rows // step)
+        ids = read_ids(self.files["ids.txt"], regions.num_rows // step)
         starts = range(0, regions.num_rows, step * ENCODE_BATCH)
         return ids, (regions[k : k + step * ENCODE_BATCH : step] for k in starts)
 
@@ -273,63 +222,62 @@ class Searcher:
     def extractor(self) -> features.Extractor:
         """Makes regions from a picture. Raises InputError if the model takes others."""
         extractor = features.Extractor(self.opt.backbone, self.projection, self.device)
-        gives = len(extractor.boxes), extractor.img_dim
-        takes = self.model.num_regions, self.model.image_encoder.fc.in_features
-        if gives != takes:
+        img_dim, num_regions = self.sizes
+        if (extractor.img_dim, len(extractor.boxes)) != self.sizes:
             raise InputError(
-                f"{self.opt.model_path}: takes {takes[0]} regions × {takes[1]}, photographs give "
-                f"{gives[0]} × {gives[1]}; is a projection.npz missing beside the model?"
+                f"{self.opt.model_path}: takes {num_regions} regions × {img_dim}, photographs give "
+                f"{len(extractor.boxes)} × {extractor.img_dim}; is a projection.npz missing?"
             )
         return extractor
 
     @torch.inference_mode()
-    def encode_images(self, regions: Tensor) -> EncodedImages:
-        """Regions (B, R, img_dim), encoded."""
-        region_emb = self.model.image_encoder(regions.float().to(self.device))
+    def encode_images(
+        self, regions: Tensor, fused: Sequence[FusedWeights] | None = None
+    ) -> EncodedImages:
+        """Regions (B, R, img_dim), encoded. fused: the graph's, if they are at hand already."""
+        region_emb = self.encoder(regions.float().to(self.device), fused)
         return EncodedImages(region_emb, self.model.similarity.image_global(region_emb))
 
-    def by_sentence(self, sentence: str, top: int) -> list[Hit]:
-        """The images that score highest. Raises InputError for an empty sentence."""
+    def search(self, sentence: str, picture: Path | None, top: int) -> tuple[list[Hit], str]:
+        """The best images for a sentence, with a note of its unknown words; or for a picture.
+
+        Raises InputError for an empty sentence, or a picture that cannot be read.
+        """
+        if picture:
+            pixels = self.extractor.prepare(features.read_picture(picture))
+            image = self.encode_images(self.extractor(pixels[None]))
+            return self.index.images_like(image, top), ""
         if not sentence.strip():
             raise InputError("an empty query: say what to look for")
-        return self.index.images_for(self.index.encode(sentence), top)
-
-    def by_picture(self, path: Path, top: int) -> list[Hit]:
-        """The most similar images. Raises InputError if the picture cannot be read."""
-        pixels = self.extractor.prepare(features.read_picture(path))
-        return self.index.images_like(self.encode_images(self.extractor(pixels[None])), top)
-
-    def note(self, sentence: str) -> str:
-        """Says which words the model does not know."""
         unknown = [word for word in tokenize(sentence) if word not in self.vocab.word2idx]
-        return f"unknown to the model: {', '.join(unknown)}" if unknown else ""
+        note = f"unknown to the model: {', '.join(unknown)}" if unknown else ""
+        return self.index.images_for(self.index.encode(sentence), top), note
 
-    def picture(self, image: int) -> Path | None:
-        """The file of an image of the index, if it is there."""
+    def file(self, image: int) -> Path | None:
+        """The picture of an image of the index, if it is there."""
         return features.find_picture(self.pictures, self.index.ids[image])
+
+    def picture(self, image: int, side: int | None = None) -> Image.Image | None:
+        """The same as read_picture reads it; None if it cannot."""
+        file = self.file(image)
+        with contextlib.suppress(InputError):
+            return features.read_picture(file, side) if file else None
 
     def boxes(self, image: int) -> np.ndarray | None:
         """The boxes of its regions (R, 4), if they are known."""
         if not self.is_split:
             return self.extractor.boxes
-        file = self._beside("boxes.npy")
-        boxes = read_boxes(file, len(self.index.ids), self.model.num_regions)
+        file, n_images = Path(f"{self.prefix}boxes.npy"), len(self.index.ids)
+        boxes = read_boxes(file, n_images, self.model.num_regions)
         return None if boxes is None else boxes[image]
 
 
 # -- the page -------------------------------------------------------------------------------------
 
 
-def read_or_none(path: Path | None, side: int | None = None) -> Image.Image | None:
-    try:
-        return features.read_picture(path, side) if path else None
-    except InputError:
-        return None
-
-
 def thumbnail(searcher: Searcher, image: int) -> Image.Image:
     """The picture of an image, or one that says its name."""
-    picture = read_or_none(searcher.picture(image), THUMBNAIL)
+    picture = searcher.picture(image, THUMBNAIL)
     if picture is None:
         picture = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#eeeeee")
         text = f"{searcher.index.ids[image][:50]}\ncannot be shown"
@@ -340,12 +288,10 @@ def thumbnail(searcher: Searcher, image: int) -> Image.Image:
 
 def attention_picture(searcher: Searcher, image: int, sentence: str) -> Image.Image:
     """An image of the index, and where the words of a sentence attend to."""
-    picture, boxes = read_or_none(searcher.picture(image)), searcher.boxes(image)
-    if boxes is not None:
-        boxes = shares_of(boxes, picture and picture.size)
     region_emb = searcher.index.images(np.array([image])).region_emb
-    why = explain_embedded(searcher.model, searcher.vocab, region_emb, sentence)
-    figure, file = attention_figure(why, picture, boxes), io.BytesIO()
+    why = explain(searcher.model, searcher.vocab, region_emb, sentence)
+    figure = attention_figure(why, searcher.picture(image), searcher.boxes(image))
+    file = io.BytesIO()
     figure.savefig(file, dpi=90)
     plt.close(figure)
     return Image.open(file)
@@ -361,19 +307,16 @@ def page(searcher: Searcher):
     def search(sentence: str, upload: str | None = None) -> tuple:
         """-> the gallery, what `attention` needs, a line of text, and no attention yet."""
         try:
-            if upload:
-                hits = searcher.by_picture(Path(upload), ANSWERS)
-            else:
-                hits = searcher.by_sentence(sentence, ANSWERS)
+            hits, note = searcher.search(sentence, upload and Path(upload), ANSWERS)
         except InputError as error:
             return [], None, str(error), None
         gallery = [(thumbnail(searcher, k), f"{score:.3f}  {ids[k]}") for k, score in hits]
-        return gallery, (sentence, hits), searcher.note(sentence), None
+        return gallery, (sentence, hits), note, None
 
     def attention(searched: tuple[str, list[Hit]], chosen: gr.SelectData) -> Image.Image | None:
         """-> the picture that was clicked, and where the words that were searched attend to."""
         sentence, hits = searched
-        return attention_picture(searcher, hits[chosen.index].index, sentence) if sentence else None
+        return attention_picture(searcher, hits[chosen.index][0], sentence) if sentence else None
 
     with gr.Blocks(title="LHSC", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         with gr.Row():
@@ -405,14 +348,12 @@ def index(searcher: Searcher, opt: argparse.Namespace) -> None:
 
 def query(searcher: Searcher, opt: argparse.Namespace) -> None:
     """Answer one sentence or picture."""
-    if Path(opt.query).suffix.lower() in features.PICTURES:
-        hits = searcher.by_picture(Path(opt.query), opt.top)
-    else:
-        hits = searcher.by_sentence(opt.query, opt.top)
-        if note := searcher.note(opt.query):
-            print(note, file=sys.stderr)
-    for hit in hits:
-        print(f"{hit.score:.3f}  {searcher.picture(hit.index) or searcher.index.ids[hit.index]}")
+    is_picture = Path(opt.query).suffix.lower() in features.PICTURES
+    hits, note = searcher.search(opt.query, Path(opt.query) if is_picture else None, opt.top)
+    if note:
+        print(note, file=sys.stderr)
+    for image, score in hits:
+        print(f"{score:.3f}  {searcher.file(image) or searcher.index.ids[image]}")
 
 
 def serve(searcher: Searcher, opt: argparse.Namespace) -> None:

@@ -19,8 +19,10 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import itertools
 import sys
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -44,10 +46,10 @@ from diagnose import read_lines
 from extract_features import find_picture, read_picture
 
 from baselines import AttendedSimilarity, with_local_alignments
-from data import PrecompDataset, find_files, read_boxes, read_ids
+from data import Captions, PrecompDataset, find_files, read_boxes, read_ids
 from evaluation import DEFAULT_MODEL, encode_captions, encode_images, evaluate, load, protocol
 from metrics import i2t_ranks, t2i_ranks
-from model import LHSC, EncodedCaptions, EncodedImages
+from model import LHSC, EncodedImages
 from utils import (
     InputError,
     at_least,
@@ -81,37 +83,26 @@ class Explanation(NamedTuple):
 
 
 @torch.inference_mode()
-def explain(model: LHSC, vocab: Vocabulary, regions: Tensor, caption: str) -> Explanation:
-    """Explain the score of an image, regions (R, img_dim), and a caption; model in eval mode.
+def explain(model: LHSC, vocab: Vocabulary, region_emb: Tensor, caption: str) -> Explanation:
+    """Explain the score of an encoded image, region_emb (1, R, D), and a caption.
 
-    Raises:
-        InputError: for a model without local alignments.
+    The model is in eval mode. Raises InputError if it has no local alignments.
     """
-    return explain_embedded(model, vocab, model.image_encoder(regions.unsqueeze(0)), caption)
-
-
-@torch.inference_mode()
-def explain_embedded(
-    model: LHSC, vocab: Vocabulary, region_emb: Tensor, caption: str
-) -> Explanation:
-    """Like explain, for an image that is already encoded: region_emb (1, R, D)."""
     similarity = with_local_alignments(model.similarity)
-    ids = torch.tensor(vocab.encode(caption), device=region_emb.device)
-    lengths = torch.tensor([len(ids)], device=region_emb.device)
-    word_emb = model.text_encoder(ids.unsqueeze(0), lengths)  # (L, D)
+    words = ["<start>", *tokenize(caption), "<end>"]
     images = EncodedImages(region_emb, similarity.image_global(region_emb))
-    captions = EncodedCaptions(word_emb, similarity.caption_global(word_emb, lengths), lengths)
+    captions = encode_captions(model, Captions([caption], vocab), region_emb.device)
     parts = similarity.alignments(images, captions)
     if isinstance(similarity, AttendedSimilarity):
-        pooled = similarity.region_pooling(parts.weights, region_emb, lengths)[0, 0]  # (R,)
-        region_weights = pooled / pooled.sum()
+        pooled = similarity.region_pooling(parts.weights, region_emb, captions.lengths)[0, 0]
+        region_weights = pooled / pooled.sum()  # (R,)
     elif parts.global_ is not None:
         region_weights = similarity.region_pooling.weights(region_emb)[0]  # (R,)
     else:
         region_weights = torch.zeros(region_emb.shape[1])
     return Explanation(
-        words=["<start>", *tokenize(caption), "<end>"],
-        unknown=(ids == vocab("<unk>")).tolist(),
+        words=words,
+        unknown=[word not in vocab.word2idx for word in words],
         attention=(parts.weights[0] / parts.weights[0].sum(-1, keepdim=True)).cpu().numpy(),
         gates=parts.local_gate[0].cpu().numpy(),
         global_gate=0.0 if parts.global_gate is None else parts.global_gate.item(),
@@ -120,45 +111,39 @@ def explain_embedded(
     )
 
 
-class Split(NamedTuple):
-    """A model and a split to show it on."""
+class Split:
+    """The model of a checkpoint, and the split of its data set that `opt` names."""
 
-    model: LHSC
-    vocab: Vocabulary
-    data: PrecompDataset
-    boxes: np.ndarray | None  # (n_images, R, 4)
-    pictures: Path | None
-    device: torch.device
-
-    @classmethod
-    def open(cls, path: str | Path, opt: argparse.Namespace) -> Split:
-        """The model of a checkpoint, and the split of its data set that `opt` names."""
-        model, settings, vocab = load(path, opt)
+    def __init__(self, path: str | Path, opt: argparse.Namespace) -> None:
+        model, settings, self.vocab = load(path, opt)
         where = settings["data_path"], settings["data_name"], opt.split
         sizes = model.image_encoder.fc.in_features, settings["num_regions"]
-        data, device = PrecompDataset(*where, vocab, *sizes), select_device(opt.device)
+        self.data = PrecompDataset(*where, self.vocab, *sizes)
+        self.device, self.pictures = select_device(opt.device), opt.pictures
+        self.model = model.to(self.device)
         file = find_files(*where)[0].with_name(f"{opt.split}_boxes.npy")
-        boxes = read_boxes(file, data.n_images, data.regions.num_regions)
-        return cls(model.to(device), vocab, data, boxes, opt.pictures, device)
+        self.boxes = read_boxes(file, self.data.n_images, self.data.regions.num_regions)
 
     def picture(self, image: int) -> tuple[Image.Image | None, np.ndarray | None]:
-        """The picture of an image, and its boxes (R, 4) as shares of it; None if unknown."""
+        """The picture of an image, and its boxes (R, 4); None if unknown."""
         path = find_picture(self.pictures, self.data.image_ids[image])
-        picture = read_picture(path) if path else None
-        size = picture.size if picture else None
-        return picture, None if self.boxes is None else shares_of(self.boxes[image], size)
+        boxes = None if self.boxes is None else self.boxes[image]
+        return read_picture(path) if path else None, boxes
 
+    @torch.inference_mode()
     def explain(self, image: int, caption: str) -> Explanation:
-        return explain(self.model, self.vocab, self.data.image(image).to(self.device), caption)
+        regions = self.data.image(image).to(self.device)  # (R, img_dim)
+        return explain(self.model, self.vocab, self.model.image_encoder(regions[None]), caption)
 
 
-def shares_of(boxes: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """Boxes (R, 4), in pixels or as shares -> as shares of a picture of this (width, height).
+def shares_of(boxes: np.ndarray, picture: Image.Image | None) -> np.ndarray:
+    """Boxes (R, 4), in pixels or as shares of their picture -> as shares of it.
 
-    If the size is not known, the corner of the outermost boxes stands for it.
+    If the picture is not known, the corner of the outermost boxes stands for its size.
     """
     boxes = np.asarray(boxes)
-    return boxes if boxes.max() <= 1 else boxes / np.tile(size or boxes[:, 2:].max(axis=0), 2)
+    size = picture.size if picture else boxes[:, 2:].max(axis=0)
+    return boxes if boxes.max() <= 1 else boxes / np.tile(size, 2)
 
 
 # -- retrieval ------------------------------------------------------------------------------------
@@ -170,8 +155,8 @@ def spread(ranks: np.ndarray, n: int) -> np.ndarray:
     return order[np.linspace(0, len(order) - 1, n).round().astype(int)]
 
 
-def best(scores: np.ndarray, n: int = TOP) -> np.ndarray:
-    return np.argsort(-scores, kind="stable")[:n]
+def best(scores: np.ndarray) -> np.ndarray:
+    return np.argsort(-scores, kind="stable")[:TOP]
 
 
 def show(ax: Axes, text: str, picture: Path | None = None, right: bool = False) -> None:
@@ -203,14 +188,14 @@ def draw_retrieval(opt: argparse.Namespace) -> plt.Figure:
     titles = {0: "caption", 1: "best images", 1 + top: "image", 2 + top: "best captions"}
     for column, title in titles.items():
         axes[0, column].set_title(title, loc="left", weight="bold")
-    t2i = spread(t2i_ranks(sims, image_of_caption), opt.queries)
-    i2t = spread(i2t_ranks(sims, image_of_caption), opt.queries)
-    for row, caption, image in zip(axes, t2i, i2t, strict=True):
+    ranks = t2i_ranks(sims, image_of_caption), i2t_ranks(sims, image_of_caption)
+    queries = (spread(of_way, opt.queries) for of_way in ranks)
+    for row, caption, image in zip(axes, *queries, strict=True):
         show(row[0], captions[caption])
-        for ax, k in zip(row[1:], best(sims[:, caption], top), strict=False):
+        for ax, k in zip(row[1:], best(sims[:, caption]), strict=False):
             show(ax, ids[k], files[k], k == image_of_caption[caption])
         show(row[1 + top], ids[image], files[image])
-        for ax, k in zip(row[2 + top :], best(sims[image], top), strict=True):
+        for ax, k in zip(row[2 + top :], best(sims[image])[:top], strict=True):
             show(ax, captions[k], right=image_of_caption[k] == image)
     return fig
 
@@ -223,7 +208,7 @@ def attention_figure(
 ) -> plt.Figure:
     """What the global image vector and each word attend to, with their gates in the score.
 
-    boxes (R, 4): shares of the picture; the more opaque, the higher the weight. Without them a
+    With boxes (R, 4) on the picture: the more opaque, the higher the weight. Without them as a
     table of words × regions.
     """
     rows = np.vstack([why.region_weights, why.attention])  # (1 + L, R)
@@ -246,7 +231,7 @@ def attention_figure(
             ax.set(xticks=[], yticks=[], aspect=aspect)
             ax.set_title(label, fontsize=9)
             opacity = 0.75 * (weights / max(weights.max(), 1e-12)) ** 2  # as in the report
-            for (x1, y1, x2, y2), alpha in zip(boxes, opacity, strict=True):
+            for (x1, y1, x2, y2), alpha in zip(shares_of(boxes, picture), opacity, strict=True):
                 ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, color=HEAT, alpha=alpha, lw=0))
         for ax in axes.flat[n:]:
             ax.axis("off")
@@ -255,7 +240,7 @@ def attention_figure(
 
 
 def draw_attention(opt: argparse.Namespace) -> plt.Figure:
-    split = Split.open(opt.model_path, opt)
+    split = Split(opt.model_path, opt)
     n = split.data.n_images
     names = [*split.data.image_ids, *map(str, range(n))]
     if opt.image not in names:
@@ -314,20 +299,18 @@ def layer_updates(split: Split) -> dict[str, list[float]]:
     Returns {"graph": [one number a layer], "word": […]}. With the official padding the layers see
     padded words too, and those count.
     """
-    text_layers = split.model.text_encoder.self_attention
-    kinds = {"graph": split.model.image_encoder.graph.layers, "word": text_layers}
-    ratios: dict[nn.Module, list[Tensor]] = {layer: [] for k in kinds.values() for layer in k}
+    model, ratios = split.model, defaultdict(list)
 
     def record(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-        x, mask = inputs[0], inputs[1] if len(inputs) > 1 else None
+        x, mask = inputs if len(inputs) > 1 else (*inputs, None)
         ratio = (output - x).norm(dim=-1) / x.norm(dim=-1)  # (B, R) or (C, L)
         ratios[layer].append(ratio.flatten() if mask is None else ratio[mask])
 
-    hooks = [layer.register_forward_hook(record) for layer in ratios]
-    encode_images(split.model, split.data, split.device)
-    encode_captions(split.model, split.data, split.device)
-    for hook in hooks:
-        hook.remove()
+    kinds = {"graph": model.image_encoder.graph.layers, "word": model.text_encoder.self_attention}
+    for layer in itertools.chain(*kinds.values()):
+        layer.register_forward_hook(record)
+    encode_images(model, split.data, split.device)
+    encode_captions(model, split.data, split.device)
     return {k: [torch.cat(ratios[x]).mean().item() for x in layers] for k, layers in kinds.items()}
 
 
@@ -335,7 +318,7 @@ def draw_layers(opt: argparse.Namespace) -> plt.Figure:
     """The layer_updates of one or several models."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     for path in opt.checkpoints:
-        means = layer_updates(Split.open(path, opt))
+        means = layer_updates(Split(path, opt))
         for ax, kind in zip(axes, means, strict=True):
             ax.plot(range(1, len(means[kind]) + 1), means[kind], "o-", ms=4, label=path)
             ax.set(title=f"{kind} layers: update / input", xlabel="layer")
@@ -360,10 +343,10 @@ def data_url(mime: str, write: Callable[[BinaryIO], object]) -> str:
 def shown_image(split: Split, image: int, score: float, right: bool) -> dict:
     """An image for the page: its id, picture (or None), boxes in percent, score."""
     (picture, boxes), url = split.picture(image), None
+    percent = [] if boxes is None else (100 * shares_of(boxes, picture)).round(1).tolist()
     if picture:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         url = data_url("image/jpeg", lambda file: picture.save(file, "JPEG", quality=85))
-    percent = [] if boxes is None else (100 * boxes).round(1).tolist()
     id = split.data.image_ids[image]
     return {"id": id, "url": url, "boxes": percent, "score": score, "right": right}
 
@@ -381,7 +364,7 @@ def shown_query(split: Split, caption: int, rank: int, scores: np.ndarray) -> di
 
 def write_report(opt: argparse.Namespace) -> str:
     """The whole page; the template engine escapes all texts."""
-    split = Split.open(opt.model_path, opt)
+    split = Split(opt.model_path, opt)
     with_local_alignments(split.model.similarity)  # refused before the evaluation
     metrics, sims = evaluate([split.model], split.data, split.device)
     image_of_caption = split.data.image_of_caption

@@ -31,19 +31,14 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
 class OfficialGraphLayer(nn.Module):
     """V + BatchNorm(w(G g(V))), with G = FC1(theta(V)) FC2(phi(V))ᵀ / R.  (B, D, R) -> (B, D, R)"""
 
-    def __init__(self, embed_size: int) -> None:
+    def __init__(self, D: int) -> None:
         super().__init__()
-
-        def conv(size: int) -> nn.Conv1d:
-            return nn.Conv1d(embed_size, size, 1)
-
-        heads, head = range(4), embed_size // 4
-        self.theta, self.theta1, self.theta2, self.theta3 = (conv(head) for _ in heads)
-        self.phi, self.phi1, self.phi2, self.phi3 = (conv(head) for _ in heads)
-        self.fc1 = nn.Linear(embed_size, embed_size)
-        self.fc2 = nn.Linear(embed_size, embed_size)
-        self.g = conv(embed_size)
-        self.W = nn.Sequential(conv(embed_size), nn.BatchNorm1d(embed_size))
+        heads = [nn.Conv1d(D, D // 4, 1) for _ in range(8)]
+        self.theta, self.theta1, self.theta2, self.theta3 = heads[:4]
+        self.phi, self.phi1, self.phi2, self.phi3 = heads[4:]
+        self.fc1, self.fc2 = nn.Linear(D, D), nn.Linear(D, D)
+        self.g = nn.Conv1d(D, D, 1)
+        self.W = nn.Sequential(nn.Conv1d(D, D, 1), nn.BatchNorm1d(D))
         nn.init.zeros_(self.W[1].weight)  # scale and shift 0: the layer starts as the identity
         nn.init.zeros_(self.W[1].bias)
 
@@ -96,9 +91,7 @@ class OfficialTextEncoder(nn.Module):
     masked=True runs each caption alone and unpadded, so it sees nothing of its batch.
     """
 
-    def __init__(
-        self, vocab_size: int, word_dim: int, embed_size: int, embed_dropout: float, masked: bool
-    ) -> None:
+    def __init__(self, vocab_size, word_dim, embed_size, embed_dropout, masked) -> None:
         super().__init__()
         self.masked = masked
         self.embed = nn.Embedding(vocab_size, word_dim)  # no padding_idx: row 0 is trained
@@ -138,18 +131,14 @@ class OfficialPooling(nn.Module):
     num_regions: of an image, whose branches have BatchNorm; None for captions.
     """
 
-    def __init__(self, embed_size: int, dropout: float, num_regions: int | None = None) -> None:
+    def __init__(self, D: int, dropout: float, num_regions: int | None = None) -> None:
         super().__init__()
-
-        def branch(channels: int | None) -> nn.Sequential:
-            norm = [] if num_regions is None else [nn.BatchNorm1d(channels)]
-            fc = linear(embed_size, embed_size)
-            return nn.Sequential(fc, *norm, nn.Tanh(), nn.Dropout(dropout))
-
         # BatchNorm1d takes dimension 1 as channels: for the regions that is their position.
-        self.embedding_local = branch(num_regions)
-        self.embedding_global = branch(embed_size)
-        self.embedding_common = nn.Sequential(linear(embed_size, 1))
+        norms = [[nn.BatchNorm1d(n)] if num_regions else [] for n in (num_regions, D)]
+        self.embedding_local, self.embedding_global = (
+            nn.Sequential(linear(D, D), *norm, nn.Tanh(), nn.Dropout(dropout)) for norm in norms
+        )
+        self.embedding_common = nn.Sequential(linear(D, 1))
 
     def forward(self, vectors: Tensor, mean: Tensor) -> Tensor:
         local = self.embedding_local(vectors)  # (B, n, D)
@@ -189,19 +178,12 @@ class OfficialSimilarity(nn.Module):
     "attended", the image pooled from what the words of the caption attend to.
     """
 
-    def __init__(
-        self,
-        embed_size: int,
-        sim_dim: int,
-        num_regions: int,
-        pooling_dropout: float,
-        ablation: str = "lhsc",
-    ) -> None:
+    def __init__(self, embed_size, sim_dim, num_regions, dropout, ablation="lhsc") -> None:
         super().__init__()
         self.ablation = ablation
         has_norm = num_regions if ablation != "attended" else None
-        self.v_global_w = OfficialPooling(embed_size, pooling_dropout, has_norm)
-        self.t_global_w = OfficialPooling(embed_size, pooling_dropout)
+        self.v_global_w = OfficialPooling(embed_size, dropout, has_norm)
+        self.t_global_w = OfficialPooling(embed_size, dropout)
         self.sim_tranloc_w = linear(embed_size, sim_dim)
         self.sim_tranglo_w = linear(embed_size, sim_dim)
         self.sim_eval_w = linear(sim_dim, 1)
@@ -223,9 +205,7 @@ class OfficialSimilarity(nn.Module):
         return self.sim_eval_w(self.cal_sim_base_atten(alignments)).sigmoid()
 
 
-def score_loop(
-    similarity: OfficialSimilarity, region_emb: Tensor, word_emb: Tensor, lengths: Tensor
-) -> Tensor:
+def score_loop(similarity, region_emb: Tensor, word_emb: Tensor, lengths: Tensor) -> Tensor:
     """Scores of given embeddings, one caption at a time.  (B, R, D), (C, L, D), (C,) -> (B, C)
 
     In train mode each caption moves the gate's running statistics once, in caption order.
@@ -242,17 +222,9 @@ class OfficialLHSC(nn.Module):
     """The three official modules together; a fresh one has the official initial values."""
 
     def __init__(
-        self,
-        img_dim: int,
-        embed_size: int,
-        sim_dim: int,
-        word_dim: int,
-        vocab_size: int,
-        num_regions: int = 36,
-        embed_dropout: float = 0.4,
-        pooling_dropout: float = 0.4,
-        masked: bool = False,
-    ) -> None:
+        self, img_dim, embed_size, sim_dim, word_dim, vocab_size, num_regions=36,
+        embed_dropout=0.4, pooling_dropout=0.4, masked=False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.img_enc = OfficialImageEncoder(img_dim, embed_size)
         self.txt_enc = OfficialTextEncoder(vocab_size, word_dim, embed_size, embed_dropout, masked)
@@ -264,21 +236,15 @@ class OfficialLHSC(nn.Module):
         return score_loop(self.sim_enc, self.img_enc(images), word_emb, lengths)
 
 
-def hinge_loss(
-    sims: Tensor,
-    margin: float = 0.2,
-    max_violation: bool = True,
-    image_index: list[int] | None = None,
-) -> Tensor:
+def hinge_loss(sims: Tensor, margin=0.2, max_violation=True) -> Tensor:
     """Hinge on the wrong captions of each image and images of each caption, summed.
 
-    max_violation: only the hardest of each counts. image_index: rows of one image are not wrong.
+    max_violation: only the hardest of each counts.
     """
-    index = range(len(sims)) if image_index is None else image_index
     loss = sims.new_zeros(())
     for i in range(len(sims)):
-        wrong = [j for j in range(len(sims)) if index[j] != index[i]]
-        for scores in (sims[i, wrong], sims[wrong, i]) if wrong else ():
+        wrong = [j for j in range(len(sims)) if j != i]
+        for scores in (sims[i, wrong], sims[wrong, i]):
             costs = (margin + scores - sims[i, i]).clamp(min=0)
             loss = loss + (costs.max() if max_violation else costs.sum())
     return loss

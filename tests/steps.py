@@ -42,11 +42,11 @@ def batch(size: int, dtype: torch.dtype) -> Batch:
     for row, length in enumerate(lengths):
         captions[row, :length] = torch.randint(4, 30, (int(length),), generator=generator)
     images = torch.randn(size, 6, 10, generator=generator).to(dtype)
-    return Batch(images, captions, lengths, torch.arange(size), torch.arange(size))
+    return Batch(images, captions, lengths, torch.arange(size) // 2, torch.arange(size))
 
 
 def steps(similarity: str, dtype: torch.dtype, mixed: torch.dtype | None = None) -> dict:
-    """Losses and gradients of three steps, all negatives first, then the hardest; the weights."""
+    """Losses and gradients of three steps, each with another loss; the weights."""
     torch.manual_seed(0)
     model = build_model(
         similarity, vocab_size=30, img_dim=10, num_regions=6, embed_size=12, word_dim=8, sim_dim=6,
@@ -62,7 +62,8 @@ def steps(similarity: str, dtype: torch.dtype, mixed: torch.dtype | None = None)
     for k, size in enumerate(SIZES):
         part = Batch(*(x[distributed.rank_slice(size)] for x in batch(size, dtype)))
         part = part._replace(captions=part.captions[:, : int(part.lengths.max())])
-        loss = train_step(model, optimizer, part, max_violation=k > 0, dtype=mixed)
+        options = {"max_violation": k > 0, "contrastive": k > 1, "dtype": mixed}
+        loss = train_step(model, optimizer, part, **options)
         result["loss"].append(loss)
         result["grad"].append({n: p.grad.clone() for n, p in model.named_parameters()})
     return result | {"state": model.state_dict()}

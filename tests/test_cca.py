@@ -5,7 +5,7 @@ import json
 import cca
 import pytest
 import torch
-from conftest import call, refused, succeeded, write_split
+from conftest import call, succeeded
 
 from data import PrecompDataset
 from vocab import build_from_data
@@ -49,7 +49,3 @@ def test_the_command_tests_what_is_best_on_dev(tiny):
     assert found["dev_rsum"] == pytest.approx(max(tried), abs=0.05)
     low, high = found["bootstrap"]["rsum"]
     assert 100 < low <= found["rsum"] <= high
-    command = [tiny, cca.main, "--data_name", "tiny"]
-    refused(call(*command, "--json", "none/cca.json"), "none/cca.json")
-    write_split(tiny / "data/tiny", "test", 10, img_dim=9)
-    refused(call(*command), "test_ims.npy", "img_dim is 9")

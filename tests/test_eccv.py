@@ -20,7 +20,6 @@ IMAGES, CAPTIONS = [*range(700, 700 + N)], [*range(1000, 1000 + 5 * N)]
 
 @pytest.fixture(scope="session")
 def full():
-    """The package's right answers for 5,000 images and 25,000 captions."""
     return eval_eccv.load_benchmarks()
 
 
@@ -46,13 +45,6 @@ def random_scores(levels):
 
 
 # -- metrics --------------------------------------------------------------------------------------
-
-
-def test_two_right_captions_are_not_among_those_of_coco(full):
-    """So no model reaches 100 % (the module's docstring)."""
-    captions = {*full.coco_gts["t2i"]}
-    shares = [len({*ids} & captions) / len(ids) for ids in full.eccv_gts["i2t"].values()]
-    assert round(100 * np.mean(shares), 2) == 99.99
 
 
 @pytest.mark.parametrize("value", [1, 0, -1])
@@ -159,26 +151,21 @@ def test_twins_are_told_apart(tmp_path):
     assert eval_eccv.match_captions(caps, texts, [7], {7: [0, 1, 2, 3, 4]}) == [3, 0, 1, 2, 4]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("sims.npy", None, []),
-        ("sims.npy", np.zeros((10, 50)), ["(10, 50), expected (20, 100)"]),
-        ("sims.npy", np.full((20, 100), np.nan), ["NaN"]),
-        ("testall_ids.txt", None, []),
-        ("testall_ids.txt", "0\n701\n", ["has 1 of the 20 images"]),
-        ("testall_caps.txt", "a\n" * 100, ["line 1: 'a'", "of image 700"]),
-        ("testall_caps.txt", "a\n", ["1 captions of 20 images"]),
-        ("coco.json", None, []),
-        ("coco.json", "{", ["not COCO's or Karpathy's", "JSONDecodeError"]),
-        ("coco.json", '{"info": 1}', ["KeyError('images')"]),
-        ("coco.json", '{"annotations": [{"image": 1}]}', ["KeyError('id')"]),
-    ],
-)
+@pytest.mark.parametrize("name, content, words", [
+    ("sims.npy", None, []),
+    ("sims.npy", np.zeros((10, 50)), ["(10, 50), expected (20, 100)"]),
+    ("testall_ids.txt", "0\n701\n", ["has 1 of the 20 images"]),
+    ("testall_caps.txt", "a\n" * 100, ["line 1: 'a'", "of image 700"]),
+    ("testall_caps.txt", "a\n", ["1 captions of 20 images"]),
+    ("coco.json", "{", ["not COCO's or Karpathy's captions: JSONDecodeError"]),
+    ("coco.json", '{"info": 1}', ["KeyError: 'images'"]),
+    ("coco.json", '{"annotations": [{"image": 1}]}', ["KeyError: 'id'"]),
+    ("coco.json", b'{"many": "captions", "\xff": 1}', ["UnicodeDecodeError: 'utf-8' codec"]),
+])  # fmt: skip
 def test_bad_input_ends_in_one_line_and_writes_nothing(folder, name, content, words):
     Path(name).unlink()
-    if isinstance(content, str):
-        Path(name).write_text(content)
+    if isinstance(content, str | bytes):
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     elif content is not None:
         np.save(name, content)
     before = sorted(Path().iterdir())

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from attention import caption_index_of, l2norm, safe_sqrt, segment_softmax
 from graph_layers import GraphLayer, RegionGraph
-from model import LHSC, triplet_loss
+from model import LHSC, contrastive_loss, triplet_loss
 
 SIZES = {"img_dim": 9, "embed_size": 8, "sim_dim": 5, "word_dim": 7, "vocab_size": 20}
 NO_DROPOUT = {"embed_dropout": 0.0, "pool_dropout": 0.0}
@@ -156,9 +156,17 @@ def test_segment_softmax_is_softmax_within_each_caption():
 
 
 @pytest.mark.parametrize("max_violation", [True, False])
-@pytest.mark.parametrize("image_index", [None, [3, 1, 3, 0, 1, 3], [0] * 6])
-def test_the_loss_is_the_loop_over_wrong_answers(max_violation, image_index):
+def test_the_triplet_loss_is_the_loop_over_wrong_answers(max_violation):
     sims = torch.rand(6, 6, dtype=torch.float64)
-    index = None if image_index is None else torch.tensor(image_index)
-    expected = hinge_loss(sims, 0.3, max_violation, image_index)
-    assert_close(triplet_loss(sims, 0.3, max_violation, index), expected)
+    expected = hinge_loss(sims, 0.3, max_violation)
+    assert_close(triplet_loss(sims, 0.3, max_violation), expected)
+
+
+def test_the_contrastive_loss_is_cross_entropy_over_other_images():
+    sims, images = torch.rand(5, 5, dtype=torch.float64), [3, 1, 3, 0, 1]
+    expected = 0.0
+    for i in range(5):
+        wrong = [j for j in range(5) if images[j] != images[i]]
+        for scores in (sims[i, [i, *wrong]], sims[[i, *wrong], i]):
+            expected -= (scores / 0.1).log_softmax(0)[0]
+    assert_close(contrastive_loss(sims, torch.tensor(images), 0.1), expected)

@@ -3,11 +3,11 @@
 import base64
 import gzip
 import json
-import resource
 import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import convert_bottom_up
 import numpy as np
@@ -53,13 +53,10 @@ def read(path):
 
 
 def write(path, content):
-    """JSON, text, or lines."""
+    """JSON, or lines."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, dict):
-        content = json.dumps(content)
-    if not isinstance(content, str):
-        content = "".join(f"{line}\n" for line in content)
-    Path(path).write_text(content)
+    is_json = isinstance(content, dict)
+    Path(path).write_text(json.dumps(content) if is_json else "".join(f"{x}\n" for x in content))
     return path
 
 
@@ -105,9 +102,8 @@ def test_all_spellings_of_an_image_have_one_key():
         "val2014/COCO_val2014_000000391895.jpg", "COCO_train2014_000000391895", "0391895.png",
     )  # fmt: skip
     assert {*map(image_key, spellings)} == {"391895"} and image_key("000") == "0"
-    # A Flickr8k name is no number, and what is no picture's suffix belongs to the name.
-    assert image_key("folder/1000268201_693b.jpg") == "1000268201_693b"
-    assert len({image_key(name) for name in ("1", "10", "a1", "COCO_1", "1_0", "1.a")}) == 6
+    assert image_key("folder/1000268201_693b.jpg") == "1000268201_693b"  # Flickr8k's are no numbers
+    assert len({image_key(name) for name in ("1", "10", "a1", "COCO_1", "1_0")}) == 5
 
 
 def test_restval_joins_train_and_test_is_the_first_1000_of_testall():
@@ -161,32 +157,23 @@ ORDERED = ("flickr.json", "--split", "dev", "--order", "order.txt")
 FROM_COCO = ("--coco", "coco.json", "--split", "dev", "--order", "order.txt")
 
 
-@pytest.mark.parametrize(
-    ("given", "arguments", "words"),
-    [
-        # Options.
-        ({}, [], ["--coco"]),
-        ({}, ["flickr.json", "--coco", "a.json"], ["not allowed"]),
-        ({}, ["--coco", "a.json"], ["--order"]),
-        ({}, ["flickr.json", "--order", "order.txt"], ["--split"]),
-        # What is there.
-        ({OUT / "dev_ids.txt": ["1004", "1002"]}, ["flickr.json"], ["another order", "--order"]),
-        ({OUT / "test_caps.txt": ["mine"]}, ["flickr.json"], ["test_caps.txt: exists"]),
-        # Damaged annotations.
-        ({"k.json": '{"images": [{"filename": "a.jpg", "sp'}, ["k.json"], ["not as in Karpathy's"]),
-        ({"k.json": coco([1])}, ["k.json"], ["k.json: not as in Karpathy's"]),
-        ({"k.json": karpathy(["dev"])}, ["k.json"], ["KeyError('dev')"]),
-        ({"k.json": {"images": 2 * karpathy(["val"])["images"]}}, ["k.json"], ["twice: 1000"]),
-        ({"k.json": karpathy(["test"], captions=["a", " "])}, ["k.json"], ["five", "1000.jpg (1)"]),
-        ({"coco.json": coco([7]), "order.txt": ["507", "8"]}, FROM_COCO, ["1 of its 2", "8"]),
-        ({"coco.json": "[]", "order.txt": "7"}, FROM_COCO, ["not as in COCO's"]),
-        # Orders.
-        ({"order.txt": ["1004", "77", "1002", "78"]}, ORDERED, ["2 of its 4", "77, 78"]),
-        ({"order.txt": ["1004", "1005"]}, ORDERED, ["order.txt", "dev split", "1005"]),  # of test
-        ({"order.txt": ["1004", "1002", "1004.jpg"]}, ORDERED, ["there twice: 1004"]),
-        ({"order.txt": [""]}, ORDERED, ["order.txt: no image ids"]),
-    ],
-)
+@pytest.mark.parametrize("given, arguments, words", [
+    ({}, ["--coco", "a.json"], ["--order"]),
+    ({}, ["flickr.json", "--order", "order.txt"], ["--split"]),
+    ({OUT / "dev_ids.txt": ["1004", "1002"]}, ["flickr.json"], ["another order", "--order"]),
+    ({OUT / "test_caps.txt": ["mine"]}, ["flickr.json"], ["test_caps.txt: exists"]),
+    ({"k.json": ['{"images": [{"filename": "a.jpg", "sp']}, ["k.json"], ["not Karpathy's"]),
+    ({"k.json": coco([1])}, ["k.json"], ["k.json: not Karpathy's"]),
+    ({"k.json": karpathy(["dev"])}, ["k.json"], ["KeyError: 'dev'"]),
+    ({"k.json": {"images": 2 * karpathy(["val"])["images"]}}, ["k.json"], ["twice: 1000"]),
+    ({"k.json": karpathy(["test"], captions=["a", " "])}, ["k.json"], ["five", "1000.jpg (1)"]),
+    ({"coco.json": coco([7]), "order.txt": ["507", "8"]}, FROM_COCO, ["1 of its 2", "8"]),
+    ({"coco.json": ["[]"], "order.txt": ["7"]}, FROM_COCO, ["not COCO's"]),
+    ({"order.txt": ["1004", "77", "1002", "78"]}, ORDERED, ["2 of its 4", "77, 78"]),
+    ({"order.txt": ["1004", "1005"]}, ORDERED, ["order.txt", "dev split", "1005"]),  # of test
+    ({"order.txt": ["1004", "1002", "1004.jpg"]}, ORDERED, ["there twice: 1004"]),
+    ({"order.txt": [""]}, ORDERED, ["order.txt: no image ids"]),
+])  # fmt: skip
 def test_captions_that_cannot_be_written_are_refused(flickr, given, arguments, words):
     for path, content in given.items():
         write(path, content)
@@ -212,12 +199,9 @@ def boxes_of(image):
 
 
 def row(image, **changes):
-    values = {
-        "image_id": str(image), "image_w": "640", "image_h": "480", "num_boxes": str(REGIONS),
-        "boxes": encoded(boxes_of(image) * [640, 480, 640, 480]),
-        "features": encoded(features_of(image)),
-    }  # fmt: skip
-    return values | changes
+    boxes = boxes_of(image) * [640, 480, 640, 480]
+    values = {"image_id": str(image), "image_w": "640", "image_h": "480", "num_boxes": str(REGIONS)}
+    return values | {"boxes": encoded(boxes), "features": encoded(features_of(image))} | changes
 
 
 def write_tsv(path, rows):
@@ -228,7 +212,7 @@ def write_tsv(path, rows):
 
 @pytest.fixture
 def ids(in_its_own_folder):
-    return "--ids", write("ids.txt", "0\n1\n2\n3\n")
+    return "--ids", write("ids.txt", range(4))
 
 
 @pytest.mark.parametrize(("dtype", "wrapped"), [("float32", "{}"), ("float16", "b'{}'")])
@@ -259,49 +243,39 @@ def test_files_of_three_kinds_one_after_the_other(ids):
             archive.writestr(name, text)
     succeeded(convert("a.tsv", "b.tsv.gz", "c.zip", *ids))
     assert np.array_equal(np.load(OUT / "test_ims.npy"), [features_of(i) for i in range(4)])
-    succeeded(convert("whole.tsv", "--split", "again", *ids))
-    for kind in ("ims", "boxes"):
-        again = (OUT / f"again_{kind}.npy").read_bytes()
-        assert again == (OUT / f"test_{kind}.npy").read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"features": row(2)["features"][:-5]}, ["padding"]),
-        ({"features": encoded(np.zeros((57, WIDTH)))}, ["342", "4 regions × 6: --num_regions"]),
-        ({"features": encoded(features_of(2) * np.nan)}, ["NaN"]),
-        ({"features": encoded(np.full((REGIONS, WIDTH), 1e6))}, ["float16 cannot hold"]),
-        ({"boxes": encoded(np.full((REGIONS, 4), np.inf))}, ["NaN"]),
-        ({"boxes": encoded(boxes_of(2)[:, ::-1])}, ["x1 y1 x2 y2"]),
-        ({"image_w": "nan"}, ["x1 y1 x2 y2"]),
-        ({"image_w": "image_w"}, ["'image_w'"]),
-        ({"image_id": "2\t3"}, ["the columns image_id, image_w"]),
-    ],
-)
+@pytest.mark.parametrize("changes, words", [
+    ({"features": row(2)["features"][:-5]}, ["padding"]),
+    ({"features": encoded(np.zeros((57, WIDTH)))}, ["342", "4 regions × 6: --num_regions"]),
+    ({"features": encoded(features_of(2) * np.nan)}, ["NaN"]),
+    ({"features": encoded(np.full((REGIONS, WIDTH), 1e6))}, ["float16 cannot hold"]),
+    ({"boxes": encoded(np.full((REGIONS, 4), np.inf))}, ["NaN"]),
+    ({"boxes": encoded(boxes_of(2)[:, ::-1])}, ["x1 y1 x2 y2"]),
+    ({"image_w": "nan"}, ["x1 y1 x2 y2"]),
+    ({"image_id": "2\t3"}, ["the columns image_id, image_w"]),
+])  # fmt: skip
 def test_rows_that_are_wrong_are_refused(ids, changes, words):
     arguments = (write_tsv("a.tsv", [row(1), row(2, **changes), row(3)]), "--dtype", "float16")
     fails(convert, *arguments, *ids, words=["a.tsv, line 2", *words])
 
 
 def test_missing_and_double_images_are_named():
-    arguments = (write_tsv("a.tsv", [row(i) for i in (1, 2, 2, 3)]), "--ids", "ids.txt")
-    write("ids.txt", [1, 3, *range(50, 60)])
-    fails(convert, *arguments, words=["10 of 12", "none of", "50, 51, 52, …"])
-    write("ids.txt", [2, 1])
-    fails(convert, *arguments, words=["1 of 2", "twice: 2"])
+    tsv = write_tsv("a.tsv", [row(i) for i in (1, 2, 2, 3)])
+    ids = write("ids.txt", [1, 3, *range(50, 60)])
+    fails(convert, tsv, "--ids", ids, words=["10 of 12", "none of", "50, 51, 52, …"])
+    fails(convert, tsv, "--ids", write("ids.txt", [2, 1]), words=["1 of 2", "twice: 2"])
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz", "a.zip"])
 def test_a_file_cut_anywhere_or_of_something_else_is_refused(ids, name):
-    whole = Path(write_tsv("whole.tsv", map(row, range(4)))).read_bytes()
-    if name == "a.tsv.gz":
-        whole = gzip.compress(whole)
-    if name == "a.zip":
-        with zipfile.ZipFile("whole.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.write("whole.tsv")
-        whole = Path("whole.zip").read_bytes()
+    write_tsv("whole.tsv", map(row, range(4)))
+    with zipfile.ZipFile("whole.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write("whole.tsv")
+    tsv = Path("whole.tsv").read_bytes()
+    packed = {"a.tsv": tsv, "a.tsv.gz": gzip.compress(tsv), "a.zip": Path("whole.zip").read_bytes()}
+    whole = packed[name]
     cut = (whole[:size] for size in range(0, len(whole) - 2, 41))  # it ends with CR LF
     for content in (*cut, b"\r\n\r\n", bytes(range(256)), b"no row\n"):
         Path(name).write_bytes(content)
@@ -314,38 +288,23 @@ def test_memory_holds_a_row_not_the_file(monkeypatch):
     """20 MB of rows, converted with less than a fourth of that."""
     monkeypatch.setattr(sys.modules[__name__], "WIDTH", 8192)
     write_tsv("a.tsv", (row(1, image_id=str(image)) for image in range(115)))
-    assert Path("a.tsv").stat().st_size > 20e6
     tracemalloc.start()
     succeeded(convert("a.tsv", "--ids", write("ids.txt", range(115))))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5e6 and np.load(OUT / "test_ims.npy", mmap_mode="r").shape[0] == 115
+    assert peak < 5e6 and (OUT / "test_ims.npy").stat().st_size > 15e6
 
 
 def test_what_is_in_the_way_is_said_before_the_work(ids, monkeypatch):
     """The TSV file holds nothing that could be converted."""
     write("bad.tsv", ["no row"])
     with monkeypatch.context() as patch:
-        usage = type("Usage", (), {"free": 10})
-        patch.setattr(convert_bottom_up.shutil, "disk_usage", lambda folder: usage)
+        patch.setattr(convert_bottom_up.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
         fails(convert, "bad.tsv", *ids, words=["GB needed"])
-    for name, words in (
-        ("test_ids.txt", ["another order", "--ids"]),
-        ("test_boxes.npy", ["test_boxes.npy: exists already"]),
-    ):
-        write(OUT / name, [2, 1])
-        fails(convert, "bad.tsv", *ids, words=words)
-
-
-def test_a_full_disk_leaves_nothing():
-    """A limit on the size of files stands for the disk: both end a write in an error."""
-    arguments = (write_tsv("a.tsv", map(row, range(99))), "--ids", write("ids.txt", range(99)))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
-    try:
-        fails(convert, *arguments, words=["File too large"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write(OUT / "test_ids.txt", [2, 1])
+    fails(convert, "bad.tsv", *ids, words=["test_ids.txt", "another order", "--ids"])
+    write(OUT / "test_boxes.npy", "x")
+    fails(convert, "bad.tsv", *ids, words=["test_boxes.npy: exists already"])
 
 
 # -- both together --------------------------------------------------------------------------------

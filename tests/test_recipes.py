@@ -1,31 +1,38 @@
 """What the options of the optimisation do to a training."""
 
 import copy
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, call, refused, succeeded
+from conftest import RUN, SMALL, call, refused, succeeded
 from torch.testing import assert_close
 
 import train
+from baselines import VSESimilarity
 from checkpoint import load_checkpoint, load_latest
 from data import Batch
 from evaluation import evalrank
 from metrics import retrieval_metrics
 from model import LHSC, triplet_loss
 from train import RECIPES, given_options, options, parse, train_step, update_ema
+from utils import InputError
+from vocab import Vocabulary
 
 
 def steps_of_a_run(monkeypatch, folder, *arguments):
     """Of each step what reaches it; nothing is trained."""
     found = []
 
-    def noted(model, optimizer, batch, margin, max_violation, grad_clip, dtype):
+    def noted(model, optimizer, batch, margin, max_violation, clip, dtype, contrastive, start):
         (group,) = optimizer.param_groups
+        frozen = {not p.requires_grad for p in model.similarity.parameters()}
+        assert frozen == {start is not None}
         found.append({"lr": group["lr"], "decay": group["weight_decay"], "margin": margin,
-                      "hardest": max_violation, "clip": grad_clip, "dtype": dtype})  # fmt: skip
+                      "hardest": max_violation, "clip": clip, "dtype": dtype,
+                      "contrastive": contrastive, "start": type(start)})  # fmt: skip
         return 1.0
 
     monkeypatch.setattr(train, "train_step", noted)
@@ -34,13 +41,47 @@ def steps_of_a_run(monkeypatch, folder, *arguments):
 
 
 def test_options_reach_the_steps(tiny, monkeypatch):
-    official = {"lr": 0.002, "decay": 0, "margin": 0.2, "hardest": True, "clip": 2, "dtype": None}
+    official = {"lr": 0.002, "decay": 0, "margin": 0.2, "hardest": True, "clip": 2, "dtype": None,
+                "contrastive": False, "start": type(None)}  # fmt: skip
     assert steps_of_a_run(monkeypatch, tiny) == [official] * 20  # 150 captions, twice
     others = ["--weight_decay", 0.5, "--warmup_epochs", 1, "--grad_clip", 3, "--margin", 1,
               "--precision", "bf16"]  # fmt: skip
-    changed = {"lr": 0.002, "decay": 0.5, "margin": 1, "clip": 3, "dtype": torch.bfloat16}
+    changed = official | {"decay": 0.5, "margin": 1, "clip": 3, "dtype": torch.bfloat16}
     expected = [changed | {"hardest": epoch > 0} for epoch in (0, 1) for _ in range(10)]
     assert steps_of_a_run(monkeypatch, tiny, *others) == expected
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "triplet"])
+def test_the_encoders_are_trained_first(tiny, monkeypatch, loss):
+    options = ["--encoder_epochs", 1, "--loss", loss]
+    steps = steps_of_a_run(monkeypatch, tiny, *options)
+    assert [step["start"] for step in steps] == [VSESimilarity] * 10 + [type(None)] * 10
+    assert {step["contrastive"] for step in steps[:10]} == {True}
+    assert {step["contrastive"] for step in steps[10:]} == {loss == "contrastive"}
+    lines = map(json.loads, (tiny / RUN / "metrics.jsonl").read_text().splitlines())
+    assert [line["epoch"] for line in lines if line["type"] == "dev"] == [1]
+    refused(call(tiny, train.main, *SMALL, *options, "--num_epochs", 1), "--encoder_epochs 1")
+
+
+def test_word_vectors_are_the_first_embeddings(tmp_path):
+    """In the order of the file; scaled to the spread of the official first values."""
+    vocab = Vocabulary(["<pad>", "<start>", "<end>", "<unk>", *(f"w{i}" for i in range(500))])
+    vectors = np.random.default_rng(0).normal(size=(300, 5)) * 7
+    words = [f"w{2 * i}" for i in range(300)]  # 50 of them unknown
+    lines = [f"{word} {' '.join(map(str, v))}\n" for word, v in zip(words, vectors, strict=True)]
+    (tmp_path / "v.txt").write_text("".join(lines))
+    sizes = ["--img_dim", 4, "--num_regions", 3, "--embed_size", 8, "--sim_dim", 4, "--word_dim"]
+    opt = parse([*map(str, sizes), "5", "--word_vectors", str(tmp_path / "v.txt")])
+    opt.vocab_size = len(vocab)
+    model, _, _ = train.build(opt, torch.device("cpu"), vocab)
+    weight = model.text_encoder.embed.weight.detach()
+    known = weight[4:504:2] / torch.from_numpy(vectors[:250]).float()
+    assert_close(known, known.mean().expand_as(known))
+    assert 0.9 < weight[4:504:2].std() / weight[5:504:2].std() < 1.1
+    for line in ("w1 1 2 3 4\n", "w1 1 2 3 4 x\n", "w1 1 2 3 4 nan\n", "other 1 2 3 4 5\n"):
+        (tmp_path / "v.txt").write_text(line)
+        with pytest.raises(InputError, match="v.txt: "):
+            train.build(opt, torch.device("cpu"), vocab)
 
 
 @pytest.mark.parametrize("lr_update", [0, 1, 2, 30])
@@ -108,7 +149,8 @@ def test_averaged_weights_are_exponential_and_forget_the_start():
 def test_averaged_weights_are_evaluated_and_resumed(tiny):
     """Stopped in an epoch and continued, the average ends where it would have, bitwise."""
     whole, part = tiny / "runs/whole/checkpoint", tiny / "runs/part/checkpoint"
-    arguments = [*SMALL, "--recipe", "modern", "--num_epochs", 3, "--save_step", 4, "--keep", 99]
+    arguments = [*SMALL, "--recipe", "modern", "--encoder_epochs", 1, "--num_epochs", 3,
+                 "--save_step", 4, "--keep", 99]  # fmt: skip
     succeeded(call(tiny, train.main, *arguments, "--model_name", whole, "--logger_name", "log"))
     part.mkdir(parents=True)
     for name in ("checkpoint_16.pth.tar", "metrics.jsonl"):
