@@ -234,6 +234,19 @@ def collate(examples: list[tuple[Tensor, Tensor, int, int]]) -> Batch:
     return Batch(torch.stack(images), *pad(list(words)), *indices)
 
 
+def size_augmentation(batch: Batch, p: float) -> Batch:
+    """Zero each region and leave out each word with probability p (VSE∞); <start>, <end> stay."""
+    images, captions, lengths, *indices = batch
+    regions = torch.rand(images.shape[:2], device=images.device) >= p  # (B, R)
+    place = torch.arange(captions.shape[1], device=captions.device)  # (L,)
+    end = lengths.unsqueeze(1) - 1
+    words = (torch.rand(captions.shape, device=captions.device) >= p) & (place < end)
+    words |= (place == 0) | (place == end)  # (C, L)
+    order = words.argsort(dim=1, descending=True, stable=True)  # those that stay, in their order
+    captions, lengths = (captions * words).gather(1, order), words.sum(1)
+    return Batch(images * regions.unsqueeze(2), captions[:, : lengths.max()], lengths, *indices)
+
+
 class ShuffledBatches:
     """A batch sampler whose order depends on (seed, epoch) alone: call `set_epoch` each epoch.
 

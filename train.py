@@ -27,7 +27,7 @@ import torch
 import distributed
 from baselines import SIMILARITIES, VSESimilarity, build_model
 from checkpoint import MAX_LAYERS, MODEL_OPTIONS
-from data import Batch, PrecompDataset, find_files, train_loader
+from data import Batch, PrecompDataset, find_files, size_augmentation, train_loader
 from distributed import all_gather_replicated, is_main_process, print_on_main
 from evaluation import PRECISIONS, evaluate
 from model import LHSC, Similarity, contrastive_loss, triplet_loss
@@ -108,6 +108,8 @@ def options() -> argparse.ArgumentParser:
     add("--loss", default="triplet", choices=["triplet", "contrastive"], help="model.py has both")
     add("--encoder_epochs", default=0, type=at_least(0),
         help="first epochs in which VSE++'s cosine trains the encoders alone, contrastively")
+    add("--size_augmentation", default=0.0, type=number(0, 1),
+        help="share of regions and of words that a step leaves out, at random")
     add("--margin", default=0.2, type=number(0), help="of the triplet loss")
     add("--max_violation", default=True, action=switch, help="only the hardest negative counts")
     add("--warmup_epochs", default=0, type=at_least(0),
@@ -239,6 +241,8 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
             for batch in batches(loader, log):
                 model.train()
                 batch = batch.to(device)
+                if opt.size_augmentation:
+                    batch = size_augmentation(batch, opt.size_augmentation)
                 loss = train_step(
                     model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype,
                     contrastive, start,

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from data import PrecompDataset, RegionFile, ShuffledBatches, find_files, read_boxes, train_loader
+from data import (
+    Batch,
+    PrecompDataset,
+    RegionFile,
+    ShuffledBatches,
+    find_files,
+    read_boxes,
+    size_augmentation,
+    train_loader,
+)
 from utils import InputError
 from vocab import MAX_WORDS, Vocabulary, vocab_file
 
@@ -240,3 +249,24 @@ def test_a_workers_error_is_one_line(folder, load):
     with pytest.raises(InputError) as error:
         list(train_loader(load(), 25, workers=1, seed=0))
     assert "\n" not in str(error.value) and "row 4" in str(error.value)
+
+
+def test_size_augmentation_leaves_out_regions_and_words():
+    torch.manual_seed(0)
+    lengths, n = torch.tensor([30, 12, 3, 2] * 50), 200
+    place = torch.arange(30).expand(n, -1)
+    captions = (place + 10).masked_fill(place >= lengths[:, None], 0)  # 10 11 12 … 0 0
+    batch = Batch(torch.rand(n, 36, 4) + 1, captions, lengths, torch.arange(n), torch.arange(n))
+    images, words, new_lengths, *indices = size_augmentation(batch, 0.2)
+    assert all(torch.equal(a, b) for a, b in zip(indices, batch[3:], strict=True))
+    dropped = (images == 0).all(2)
+    assert torch.equal(images[~dropped], batch.images[~dropped]) and not images[dropped].any()
+    assert dropped.float().mean() == pytest.approx(0.2, abs=0.02)
+    for row, length, old in zip(words.tolist(), new_lengths, lengths.tolist(), strict=True):
+        kept = row[:length]
+        assert kept == sorted(set(kept)) and not any(row[length:])  # in order, then padding
+        assert (kept[0], kept[-1]) == (10, 9 + old)  # <start> and <end>
+    inner = lengths - 2
+    assert ((new_lengths - 2).sum() / inner.sum()).item() == pytest.approx(0.8, abs=0.02)
+    same = size_augmentation(batch, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(same, batch, strict=True))
