@@ -146,7 +146,7 @@ def test_resident_memory_does_not_grow_with_the_file(tmp_path):
     for row in range(0, regions.num_rows, 8):
         regions[row : row + 8]
         peak = max(peak, resident())
-    assert 0 < peak - before < 30_000
+    assert before and peak - before < 30_000
 
 
 def test_a_region_file_is_opened_anew_for_each_read(folder):
