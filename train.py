@@ -57,8 +57,11 @@ from vocab import Vocabulary, build_from_data, read_word_vectors, vocab_file
 # What --recipe sets; results/README.md has what each is worth.
 RECIPES = {
     "official": {},
-    "modern": {"loss": "contrastive", "encoder_epochs": 6, "lr_update": 0, "ema": 0.999},
-}
+    "modern": {
+        "loss": "contrastive", "encoder_epochs": 12, "size_augmentation": 0.2, "ema": 0.999,
+        "learning_rate": 1e-3, "lr_update": 0,
+    },
+}  # fmt: skip
 
 
 def options() -> argparse.ArgumentParser:
@@ -107,7 +110,7 @@ def options() -> argparse.ArgumentParser:
     add("--grad_clip", default=2.0, type=number(0), help="gradient norm; 0 = no clipping")
     add("--loss", default="triplet", choices=["triplet", "contrastive"], help="model.py has both")
     add("--encoder_epochs", default=0, type=at_least(0),
-        help="first epochs in which VSE++'s cosine trains the encoders alone, contrastively")
+        help="first epochs train the encoders alone, by VSE++'s cosine; the others all else alone")
     add("--size_augmentation", default=0.0, type=number(0, 1),
         help="share of regions and of words that a step leaves out, at random")
     add("--margin", default=0.2, type=number(0), help="of the triplet loss")
@@ -195,8 +198,8 @@ def train_step(
 def update_ema(ema_model: LHSC, model: LHSC, decay: float, step: int) -> None:
     """ema_model ← decay · ema_model + (1 − decay) · model, buffers too.
 
-    step: counted from 1; the decay is at most (1 + step) / (10 + step), so that the random
-    initial weights are soon forgotten.
+    step: from 1 since these weights are trained; the decay is at most (1 + step) / (10 + step), so
+    that the random initial weights are soon forgotten.
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
     states = ema_model.state_dict().values(), model.state_dict().values()
@@ -232,7 +235,11 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 break
             loader.batch_sampler.set_epoch(epoch, state.batch)
             start = VSESimilarity() if epoch < opt.encoder_epochs else None
-            model.similarity.requires_grad_(start is None)
+            if opt.encoder_epochs:
+                model.requires_grad_(start is not None)
+                model.similarity.requires_grad_(start is None)
+            if ema_model is not None and epoch == opt.encoder_epochs and state.batch == 0:
+                model.load_state_dict(ema_model.state_dict())
             contrastive = start is not None or opt.loss == "contrastive"
             hardest = opt.max_violation and epoch >= opt.warmup_epochs and not contrastive
             lr = opt.learning_rate * 0.1 ** (epoch // opt.lr_update if opt.lr_update else 0)
@@ -251,7 +258,8 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 state.batch += 1
                 state.loss_sum += loss
                 if ema_model is not None:
-                    update_ema(ema_model, model, opt.ema, state.step)
+                    begin = opt.encoder_epochs * len(loader) if start is None else 0
+                    update_ema(ema_model, model, opt.ema, state.step - begin)
 
                 is_last = state.batch == len(loader)
                 if state.step % opt.log_step == 0 or is_last:

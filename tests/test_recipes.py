@@ -28,11 +28,12 @@ def steps_of_a_run(monkeypatch, folder, *arguments):
 
     def noted(model, optimizer, batch, margin, max_violation, clip, dtype, contrastive, start):
         (group,) = optimizer.param_groups
-        frozen = {not p.requires_grad for p in model.similarity.parameters()}
-        assert frozen == {start is not None}
+        parts = model.image_encoder, model.text_encoder, model.similarity
+        trained = [{p.requires_grad for p in part.parameters()} for part in parts]
         found.append({"lr": group["lr"], "decay": group["weight_decay"], "margin": margin,
                       "hardest": max_violation, "clip": clip, "dtype": dtype,
-                      "contrastive": contrastive, "start": type(start)})  # fmt: skip
+                      "contrastive": contrastive, "start": type(start),
+                      "trained": trained})  # fmt: skip
         return 1.0
 
     monkeypatch.setattr(train, "train_step", noted)
@@ -42,7 +43,7 @@ def steps_of_a_run(monkeypatch, folder, *arguments):
 
 def test_options_reach_the_steps(tiny, monkeypatch):
     official = {"lr": 0.002, "decay": 0, "margin": 0.2, "hardest": True, "clip": 2, "dtype": None,
-                "contrastive": False, "start": type(None)}  # fmt: skip
+                "contrastive": False, "start": type(None), "trained": [{True}] * 3}  # fmt: skip
     assert steps_of_a_run(monkeypatch, tiny) == [official] * 20  # 150 captions, twice
     others = ["--weight_decay", 0.5, "--warmup_epochs", 1, "--grad_clip", 3, "--margin", 1,
               "--precision", "bf16"]  # fmt: skip
@@ -56,6 +57,8 @@ def test_the_encoders_are_trained_first(tiny, monkeypatch, loss):
     options = ["--encoder_epochs", 1, "--loss", loss]
     steps = steps_of_a_run(monkeypatch, tiny, *options)
     assert [step["start"] for step in steps] == [VSESimilarity] * 10 + [type(None)] * 10
+    assert all(step["trained"] == [{True}, {True}, {False}] for step in steps[:10])
+    assert all(step["trained"] == [{False}, {False}, {True}] for step in steps[10:])
     assert {step["contrastive"] for step in steps[:10]} == {True}
     assert {step["contrastive"] for step in steps[10:]} == {loss == "contrastive"}
     lines = map(json.loads, (tiny / RUN / "metrics.jsonl").read_text().splitlines())
