@@ -317,6 +317,8 @@ class Alignment(torch.autograd.Function):
             grad = grad.to(P.dtype)
             difference = _difference(weights[i, j], regions[i], words[j])  # (b, w, D)
             grad_P += grad.T @ difference.square().flatten(0, 1)
+            if not any(ctx.needs_input_grad[:3]):  # the encoders are not trained
+                continue
             grad_difference = difference.mul_((grad @ twice_P).view_as(difference))
             grad_weights[i, j] = grad_difference @ regions[i].transpose(1, 2)
             grad_regions[i] += weights[i, j].transpose(1, 2) @ grad_difference

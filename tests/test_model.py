@@ -148,6 +148,19 @@ def test_zero_regions_and_equal_words_give_finite_gradients():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_alignments_alone_get_the_same_gradients():
+    """With frozen encoders the backward leaves out what only they need."""
+    model = LHSC(**SIZES, num_regions=6, **NO_DROPOUT).train()
+    data, grads = batch([5, 3, 3], dtype=torch.float32), []
+    for frozen in (False, True):
+        model.requires_grad_(not frozen).similarity.requires_grad_(True)
+        model.zero_grad()
+        triplet_loss(model(*data)).backward()
+        grads.append({name: p.grad for name, p in model.similarity.named_parameters()})
+    assert_close(*grads, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.image_encoder.parameters())
+
+
 def test_segment_softmax_is_softmax_within_each_caption():
     lengths = torch.tensor([3, 1, 4])
     logits = 1000 * torch.randn(8, dtype=torch.float64)  # would overflow without the peak
