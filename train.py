@@ -194,6 +194,12 @@ def train_step(
     return loss.item()
 
 
+def freeze(model: LHSC, encoders_only: bool) -> None:
+    """Train the encoders alone, or all else alone."""
+    model.requires_grad_(encoders_only)
+    model.similarity.requires_grad_(not encoders_only)
+
+
 @torch.no_grad()
 def update_ema(ema_model: LHSC, model: LHSC, decay: float, step: int) -> None:
     """ema_model ← decay · ema_model + (1 − decay) · model, buffers too.
@@ -234,13 +240,12 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 print_on_main(f"no better dev rsum in {opt.patience} epochs: stopped")
                 break
             loader.batch_sampler.set_epoch(epoch, state.batch)
-            start = VSESimilarity() if epoch < opt.encoder_epochs else None
+            encoders_only = epoch < opt.encoder_epochs
             if opt.encoder_epochs:
-                model.requires_grad_(start is not None)
-                model.similarity.requires_grad_(start is None)
+                freeze(model, encoders_only)
             if ema_model is not None and epoch == opt.encoder_epochs and state.batch == 0:
                 model.load_state_dict(ema_model.state_dict())
-            contrastive = start is not None or opt.loss == "contrastive"
+            contrastive = encoders_only or opt.loss == "contrastive"
             hardest = opt.max_violation and epoch >= opt.warmup_epochs and not contrastive
             lr = opt.learning_rate * 0.1 ** (epoch // opt.lr_update if opt.lr_update else 0)
             for group in optimizer.param_groups:
@@ -252,19 +257,19 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                     batch = size_augmentation(batch, opt.size_augmentation)
                 loss = train_step(
                     model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype,
-                    contrastive, start,
+                    contrastive, VSESimilarity() if encoders_only else None,
                 )  # fmt: skip
                 state.step += 1
                 state.batch += 1
                 state.loss_sum += loss
                 if ema_model is not None:
-                    begin = opt.encoder_epochs * len(loader) if start is None else 0
-                    update_ema(ema_model, model, opt.ema, state.step - begin)
+                    before = 0 if encoders_only else opt.encoder_epochs * len(loader)
+                    update_ema(ema_model, model, opt.ema, state.step - before)
 
                 is_last = state.batch == len(loader)
                 if state.step % opt.log_step == 0 or is_last:
                     log.train(state, lr, len(loader), 2 * opt.margin * opt.batch_size * hardest)
-                if start is None and (state.step % opt.val_step == 0 or is_last):
+                if not encoders_only and (state.step % opt.val_step == 0 or is_last):
                     best_model = ema_model or model
                     metrics, _ = evaluate([best_model.eval()], devset, device)
                     is_best = metrics["rsum"] > state.best_rsum
