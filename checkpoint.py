@@ -264,12 +264,6 @@ def step_files(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
-def keep_newest(folder: Path, n: int) -> None:
-    """Remove all but the n newest states of a run."""
-    for file in step_files(folder)[n:]:
-        file.unlink()
-
-
 def load_latest(folder: Path) -> tuple[Path, dict]:
     """The newest state of a run that is whole; damaged ones are set aside, with a line each.
 

@@ -130,7 +130,7 @@ def resampled(folds: list[np.ndarray], n_samples: int, seed: int) -> np.ndarray:
 
 def interval(samples: np.ndarray) -> list[float]:
     """The middle 95 % of some numbers."""
-    return [float(x) for x in np.percentile(samples, (2.5, 97.5))]
+    return np.percentile(samples, (2.5, 97.5)).tolist()
 
 
 def bootstrap_intervals(folds: list[np.ndarray], n_samples: int = 1000, seed: int = 0) -> dict:

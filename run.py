@@ -24,7 +24,6 @@ import distributed
 from checkpoint import (
     check_options,
     is_of_type,
-    keep_newest,
     load_checkpoint,
     load_latest,
     random_states,
@@ -90,7 +89,8 @@ def save_latest(
             "random": random,
         }
         save_checkpoint(contents, step_file(folder, state.step))
-        keep_newest(folder, opt.keep)
+        for older in step_files(folder)[opt.keep :]:
+            older.unlink()
 
 
 def _contents(opt: argparse.Namespace, vocab: Vocabulary, state: RunState, model: LHSC) -> dict:
@@ -197,7 +197,7 @@ def open_run(opt: argparse.Namespace, state: RunState, resumed: bool) -> Iterato
         InputError: if another process trains into the folder, or it holds something else.
     """
     if not is_main_process():
-        yield RunLog(None, opt)
+        yield RunLog()
         return
     earlier = earlier_runs(opt)
     folder = Path(opt.model_name).resolve()
@@ -214,7 +214,8 @@ def open_run(opt: argparse.Namespace, state: RunState, resumed: bool) -> Iterato
                 for path in earlier:
                     backup_run(path)
             folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(RunLog(folder, opt, state.step if resumed else 0)) as log:
+            log = RunLog(folder, opt.logger_name, state.step if resumed else 0)
+            with contextlib.closing(log):
                 yield log
         finally:
             Path(lock.name).unlink(missing_ok=True)
@@ -256,53 +257,55 @@ def backup_run(folder: Path) -> None:
 
 
 class RunLog:
-    """What a run reports: lines for people, metrics.jsonl for scripts, scalars for TensorBoard."""
+    """What a run reports: lines for people, metrics.jsonl for scripts, scalars for TensorBoard.
 
-    def __init__(self, folder: Path | None, opt: argparse.Namespace, step: int = 0) -> None:
-        """A run that is resumed after `step` keeps its lines up to there. No folder: silent."""
+    Without a folder, which only the main process has, nothing is written or printed.
+    """
+
+    def __init__(self, folder: Path | None = None, tensorboard: str = "", step: int = 0) -> None:
+        """A run that is resumed after `step` keeps its lines up to there."""
         self.data_time, self._start, self._collapsed = 0.0, time.perf_counter(), False
         self._file, self._tensorboard = None, None
+        self._type: dict = {"type": "run"}
         if folder is None:
             return
         path = folder / "metrics.jsonl"
-        kept = lines_up_to(path, step) if step and path.is_file() else []
-        self._type = {"type": "resume", "step": step} if kept else {"type": "run"}
-        write_text(path, "".join(kept))
+        if step and path.is_file():
+            self._type = {"type": "resume", "step": step}
+            write_text(path, "".join(lines_up_to(path, step)))
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = tensorboard_logger(opt.logger_name)
+        self._tensorboard = tensorboard_logger(tensorboard)
 
     def close(self) -> None:
+        self._file.close()
+
+    def _write(self, line: dict, scalars: dict[str, float], step: int = 0) -> None:
+        """A line of metrics.jsonl, and its numbers for TensorBoard."""
         if self._file is not None:
-            self._file.close()
-
-    def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def _scalars(self, scalars: dict[str, float], step: int) -> None:
-        for tag, value in scalars.items() if self._tensorboard is not None else ():
-            self._tensorboard.log_value(tag, value, step)
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        if self._tensorboard is not None:
+            for tag, value in scalars.items():
+                self._tensorboard.log_value(tag, value, step)
 
     def header(self, opt: argparse.Namespace, model: LHSC, device: torch.device) -> None:
         """What is needed to repeat a run: arguments, versions, commit, hardware, seed."""
-        if self._file is None:
-            return
-        root = str(Path(__file__).resolve().parent)
-        git = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         try:
-            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+            here = Path(__file__).resolve().parent
+            commit = subprocess.check_output(git, cwd=here, stderr=subprocess.DEVNULL, text=True)
         except (OSError, subprocess.CalledProcessError):
-            commit = None  # not a git checkout
+            commit = ""  # not a git checkout
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         versions = {name: version(name) for name in ("torch", "numpy", "nltk")}
         self._write(self._type | {
             "arguments": vars(opt),
             "seed": opt.seed,
             "versions": {"python": platform.python_version()} | versions,
-            "commit": commit,
+            "commit": commit.strip() or None,
             "hardware": {"device": name, "threads": torch.get_num_threads()},
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        })  # fmt: skip
+        }, {})  # fmt: skip
 
     def train(self, state: RunState, lr: float, n_batches: int, collapsed_loss: float) -> None:
         """A training line: the means since the last one; times are seconds a step.
@@ -311,39 +314,33 @@ class RunLog:
         """
         steps = state.step - state.last_log_step
         loss, state.loss_sum, state.last_log_step = state.loss_sum / steps, 0.0, state.step
-        if self._file is None:
-            return
         batch_time = (time.perf_counter() - self._start) / steps
-        line = {"loss": loss, "lr": lr, "batch_time": batch_time,
-                "data_time": self.data_time / steps}  # fmt: skip
-        place = {"epoch": state.epoch, "step": state.step}
-        self._write({"type": "train"} | place | line)
-        tags = {"loss": "Loss", "step": "Eit"}
-        self._scalars({tags.get(k, k): v for k, v in (place | line).items()}, state.step)
-        print(
+        data_time = self.data_time / steps
+        shared = {"lr": lr, "batch_time": batch_time, "data_time": data_time}
+        self._write(
+            {"type": "train", "epoch": state.epoch, "step": state.step, "loss": loss} | shared,
+            {"epoch": state.epoch, "Eit": state.step, "Loss": loss} | shared,
+            state.step,
+        )
+        print_on_main(
             f"epoch {state.epoch} [{state.batch}/{n_batches}]  loss {loss:.3f}  lr {lr:.1e}  "
-            f"{batch_time:.3f} s/step, {line['data_time']:.3f} of them data",
-            flush=True,
+            f"{batch_time:.3f} s/step, {data_time:.3f} of them data"
         )
         if collapsed_loss and abs(loss / collapsed_loss - 1) < 0.01 and not self._collapsed:
             self._collapsed = True
-            print(
+            print_on_main(
                 "note: this is the loss of scores that are all alike (2 · margin · batch): hardest "
                 "negatives have collapsed them. If it stays, start again with more "
-                "--warmup_epochs, in which all negatives count, or a smaller --learning_rate",
-                flush=True,
+                "--warmup_epochs, in which all negatives count, or a smaller --learning_rate"
             )
         self.data_time, self._start = 0.0, time.perf_counter()
 
     def dev(self, state: RunState, metrics: dict, is_best: bool) -> None:
         """A validation line, under the official tags (t2i has an i behind, as in VSE++)."""
-        if self._file is None:
-            return
-        place = {"epoch": state.epoch, "step": state.step, "best": is_best}
-        self._write({"type": "dev"} | place | metrics)
-        i2t, t2i = metrics["i2t"], {f"{k}i": v for k, v in metrics["t2i"].items()}
-        self._scalars(i2t | t2i | {"rsum": metrics["rsum"]}, state.step)
-        print(report(metrics) + "  (dev, best so far)" * is_best, flush=True)
+        line = {"type": "dev", "epoch": state.epoch, "step": state.step, "best": is_best}
+        t2i = {f"{name}i": value for name, value in metrics["t2i"].items()}
+        self._write(line | metrics, metrics["i2t"] | t2i | {"rsum": metrics["rsum"]}, state.step)
+        print_on_main(report(metrics) + "  (dev, best so far)" * is_best)
         self._start = time.perf_counter()
 
 

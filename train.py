@@ -81,7 +81,7 @@ def options() -> argparse.ArgumentParser:
     add("--img_dim", default=None, type=at_least(1), help="width of a region; None = the file's")
     add("--num_regions", default=None, type=at_least(1), help="of an image; None = the file's")
     add("--word_dim", default=300, type=at_least(1), help="word embedding")
-    add("--word_vectors", default=None, metavar="FILE",
+    add("--word_vectors", default="", metavar="FILE",
         help="its first values: a text file of GloVe's format")
     add("--embed_size", default=1024, type=at_least(1), help="joint size D")
     add("--sim_dim", default=256, type=at_least(1), help="similarity size S")
@@ -342,7 +342,7 @@ def build(
         model = build_model(**{name: getattr(opt, name) for name in MODEL_OPTIONS}).to(device)
     except (RuntimeError, ValueError) as error:  # overflow, too little memory, dropout above 1
         raise InputError(f"a model of these sizes cannot be made: {error}") from error
-    if vocab is not None and opt.word_vectors is not None:
+    if vocab is not None and opt.word_vectors:
         numbers, vectors = read_word_vectors(opt.word_vectors, vocab, opt.word_dim)
         weight = model.text_encoder.embed.weight.detach()
         scale = float(weight.std() / vectors.std())  # larger ones saturate the word self-attention

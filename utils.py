@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import time
 import timeit
@@ -208,11 +209,10 @@ def select_device(name: str) -> torch.device:
 def cpu_name() -> str:
     """The processor's name as Linux tells it, elsewhere as Python does."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        name = None
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 # -- types of options -----------------------------------------------------------------------------

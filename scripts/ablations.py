@@ -36,6 +36,8 @@ class Set(NamedTuple):
 
 
 NO_LAYERS = "--graph_layers 0 --text_layers 0"
+MODERN = "--recipe modern --word_dim 100 --word_vectors data/word_vectors.txt"
+WARM = "--learning_rate 5e-4 --warmup_epochs 2"
 LHSC = {"lhsc": ("LHSC", "")}
 BASELINES = {
     "saf": ("SAF (no graph, no word layers)", NO_LAYERS),
@@ -44,14 +46,18 @@ BASELINES = {
 }
 SETS = {
     "flickr8k": Set(
-        "--data_name f8k_precomp --embed_size 256 --sim_dim 64 --batch_size 128 --patience 5 "
-        "--learning_rate 5e-4 --warmup_epochs 4",
-        BASELINES
-        | LHSC
+        "--data_name f8k_precomp --embed_size 256 --sim_dim 64 --batch_size 128 --patience 5",
+        {name: (title, f"{options} {WARM}") for name, (title, options) in BASELINES.items()}
         | {
-            "official-padding": ("LHSC, official padding", "--padding official"),
-            "modern": ("LHSC, `--recipe modern`", "--recipe modern"),
-            "saf-modern": ("SAF, `--recipe modern`", f"{NO_LAYERS} --recipe modern"),
+            "lhsc": ("LHSC, official recipe", ""),
+            "official-padding": ("LHSC, official recipe and padding", "--padding official"),
+            "warm": ("LHSC, official recipe with a warm-up", WARM),
+            "vse-modern": (
+                "VSE++, `--recipe modern`",
+                f"{NO_LAYERS} --similarity vse {MODERN} --encoder_epochs 0",
+            ),
+            "saf-modern": ("SAF, `--recipe modern`", f"{NO_LAYERS} {MODERN}"),
+            "modern": ("LHSC, `--recipe modern`", MODERN),
         },
     ),
     "scenes": Set(
@@ -101,13 +107,10 @@ class Run(NamedTuple):
 
     def logs(self, opt: argparse.Namespace) -> dict[Path, Path]:
         """Each log in --runs, and where it is kept."""
+        made, kept = self.folder(opt.runs), self.folder(opt.results)
         names = ["checkpoint/metrics.jsonl", "test.json"]
         names += ["diagnosis.json"] * SETS[self.set_name].diagnose
-        made, kept = self.folder(opt.runs), self.folder(opt.results)
         return {made / name: kept / Path(name).name for name in names}
-
-    def is_kept(self, opt: argparse.Namespace) -> bool:
-        return all(kept.is_file() for kept in self.logs(opt).values())
 
     def carry_out(self, opt: argparse.Namespace) -> bool:
         """Train, evaluate and keep the logs; False if one of the commands failed."""
@@ -148,7 +151,7 @@ def main() -> None:
     if unknown := set(opt.only or ()) - variants.keys():
         raise InputError(f"--only {min(unknown)}: {opt.set} has {', '.join(variants)}")
     runs = [Run(opt.set, name, seed) for seed in opt.seeds for name in opt.only or variants]
-    runs = [run for run in runs if not run.is_kept(opt)]
+    runs = [run for run in runs if not all(kept.is_file() for kept in run.logs(opt).values())]
     if opt.list:
         for run in runs:
             print(*(f"python {shlex.join(command)}" for command in run.commands(opt)), sep="\n")

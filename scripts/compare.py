@@ -24,11 +24,7 @@ from utils import InputError, one_line
 
 
 def load_sims(path: Path) -> np.ndarray:
-    """Scores (n_images, n_captions) of `evaluation.py --save_sims`.
-
-    Raises:
-        InputError: if they are no numbers, not finite, or not of as many captions an image.
-    """
+    """Scores (n_images, n_captions) of evaluation.py, finite numbers; InputError for others."""
     sims = open_array(path)
     if sims.ndim != 2 or not sims.size or sims.shape[1] % sims.shape[0]:
         raise InputError(f"{path}: {sims.shape} are not the scores of images × their captions")

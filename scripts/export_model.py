@@ -1,0 +1,53 @@
+"""Put a trained model into a folder of its own, to hand over.
+
+    python scripts/export_model.py runs/LHSC/checkpoint/model_best.pth.tar pretrained/mine
+
+writes model.pth.tar (options and weights, in half precision), vocab.json and, with --projection,
+the projection.npz of the features, which search.py needs. evaluation.py and search.py take the
+folder's model.pth.tar and look for the other two beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoint import MODEL_OPTIONS, load_checkpoint, save_checkpoint
+from evaluation import load
+from utils import check_targets, one_line
+
+KEPT = MODEL_OPTIONS.keys() | {"data_name"}  # of the options; the others are of the training
+
+
+@one_line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("model_path", type=Path, metavar="CKPT")
+    add("folder", type=Path)
+    add("--projection", default=None, type=Path, help="that of extract_features.py")
+    add("--vocab_path", default=None, help="folder of the vocabularies")
+    opt = parser.parse_args()
+    _, _, vocab = load(opt.model_path, argparse.Namespace(vocab_path=opt.vocab_path))
+    opt.folder.mkdir(parents=True, exist_ok=True)
+    files = [opt.folder / name for name in ("model.pth.tar", "vocab.json", "projection.npz")]
+    check_targets(*files)
+    checkpoint = load_checkpoint(opt.model_path)
+    contents = {name: checkpoint[name] for name in ("epoch", "Eiters", "best_rsum", "vocab")}
+    contents["opt"] = {name: value for name, value in checkpoint["opt"].items() if name in KEPT}
+    contents["model"] = {
+        name: x.half() if x.is_floating_point() else x for name, x in checkpoint["model"].items()
+    }
+    save_checkpoint(contents, files[0])
+    vocab.save(files[1])
+    if opt.projection is not None:
+        shutil.copy(opt.projection, files[2])
+    size = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+    print(f"{opt.folder}: {size:.1f} MB, dev rsum {contents['best_rsum']:.1f} before rounding")
+
+
+if __name__ == "__main__":
+    main()
