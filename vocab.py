@@ -161,7 +161,7 @@ def read_word_vectors(
     found = {}
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
-            word, *vector = line.rstrip().split(" ")
+            word, *vector = line.rstrip().rsplit(" ", word_dim)  # some words have spaces
             if word in vocab.word2idx:
                 found[vocab.word2idx[word]] = vector
     try:

@@ -20,7 +20,7 @@ from data import PrecompDataset
 from evaluation import encode_captions, evalrank, evaluate, protocol
 from metrics import retrieval_metrics
 from model import LHSC
-from scripts import compare
+from scripts import compare, export_model
 from vocab import Vocabulary, build_from_data
 
 BEST = RUN / "model_best.pth.tar"
@@ -239,6 +239,18 @@ def test_protocols_have_names():
     assert protocol("coco_precomp", "testall", 5000, False) == "COCO 5K"
     assert protocol("coco_precomp", "testall", 5000, True).startswith("COCO 1K, mean of five")
     assert "not comparable" in protocol("coco_precomp", "test", 1000, False)
+
+
+def test_an_exported_model_needs_nothing_else(trained, tmp_path):
+    succeeded(call(trained[0], export_model.main, BEST, tmp_path / "mine"))
+    model, data = tmp_path / "mine/model.pth.tar", trained[0] / "data"
+    evaluated(trained, "--save_sims", tmp_path / "before.npy")
+    options = ["--model_path", model, "--data_path", data, "--save_sims", "after.npy"]
+    succeeded(call(tmp_path, evaluation.main, *options))
+    before, after = (np.load(tmp_path / f"{name}.npy") for name in ("before", "after"))
+    assert 0 < np.abs(before - after).max() < 1e-3  # half precision
+    assert {x.dtype for x in torch.load(model)["model"].values()} == {torch.float16, torch.int64}
+    refused(call(trained[0], export_model.main, "nothing", tmp_path / "mine"), "nothing")
 
 
 def test_another_vocabulary_is_refused(trained, tmp_path):

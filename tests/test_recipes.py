@@ -72,6 +72,7 @@ def test_word_vectors_are_the_first_embeddings(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(300, 5)) * 7
     words = [f"w{2 * i}" for i in range(300)]  # 50 of them unknown
     lines = [f"{word} {' '.join(map(str, v))}\n" for word, v in zip(words, vectors, strict=True)]
+    lines.append("w0 and more 1 2 3 4 5\n")  # GloVe's has such words
     (tmp_path / "v.txt").write_text("".join(lines))
     sizes = ["--img_dim", 4, "--num_regions", 3, "--embed_size", 8, "--sim_dim", 4, "--word_dim"]
     opt = parse([*map(str, sizes), "5", "--word_vectors", str(tmp_path / "v.txt")])
@@ -81,7 +82,8 @@ def test_word_vectors_are_the_first_embeddings(tmp_path):
     known = weight[4:504:2] / torch.from_numpy(vectors[:250]).float()
     assert_close(known, known.mean().expand_as(known))
     assert 0.9 < weight[4:504:2].std() / weight[5:504:2].std() < 1.1
-    for line in ("w1 1 2 3 4\n", "w1 1 2 3 4 x\n", "w1 1 2 3 4 nan\n", "other 1 2 3 4 5\n"):
+    for line in ("w1 1 2 3 4\n", "w1 1 2 3 4 x\n", "w1 1 2 3 4 nan\n", "other 1 2 3 4 5\n",
+                 "w1 1 2 3 4 5 6\n"):
         (tmp_path / "v.txt").write_text(line)
         with pytest.raises(InputError, match="v.txt: "):
             train.build(opt, torch.device("cpu"), vocab)
