@@ -183,8 +183,7 @@ def build_model(similarity: str = "lhsc", **sizes: object) -> LHSC:
 def with_local_alignments(similarity: Similarity) -> SimilarityEncoder:
     """The same similarity, if it aligns words with regions.
 
-    Raises:
-        InputError: if it does not.
+    Raises InputError if it does not.
     """
     if hasattr(similarity, "local_fc"):
         return similarity

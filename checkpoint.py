@@ -82,8 +82,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
     Every byte of our files is compared with the checksums inside.
 
-    Raises:
-        InputError: if there is no such file, it is damaged, or no LHSC checkpoint.
+    Raises InputError if there is no such file, it is damaged, or no LHSC checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,8 +151,7 @@ def _translate_official(states: list[dict], opt: dict) -> dict:
 def rename_official(image: dict, text: dict, similarity: dict) -> dict[str, Tensor]:
     """The three official state dicts -> one state dict of LHSC.
 
-    Raises:
-        InputError: if an official name is not in the table or a head of θ or φ is missing.
+    Raises InputError if an official name is not in the table or a head of θ or φ is missing.
     """
     state: dict[str, Tensor] = {}
     states = {"img_enc": dict(image), "txt_enc": dict(text), "sim_enc": dict(similarity)}
@@ -199,8 +197,7 @@ def check_options(opt: dict, path: str | Path) -> None:
 def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
     """The model a checkpoint holds, in eval mode.
 
-    Raises:
-        InputError: if its options and its weights do not fit each other.
+    Raises InputError if its options and its weights do not fit each other.
     """
     opt, weights = checkpoint["opt"], checkpoint["model"]
     check_options(opt, path)
@@ -240,8 +237,7 @@ def _compare(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def save_checkpoint(state: dict, path: str | Path) -> None:
     """Write `state` so that `path` holds either the old file or the whole new one.
 
-    Raises:
-        OSError: if the disk is full or the folder read-only; what was there is left as it was.
+    Raises OSError if the disk is full or the folder read-only; what was there is left as it was.
     """
     try:
         atomic_write(path, lambda file: torch.save(state, file))
@@ -267,8 +263,7 @@ def step_files(folder: Path) -> list[Path]:
 def load_latest(folder: Path) -> tuple[Path, dict]:
     """The newest state of a run that is whole; damaged ones are set aside, with a line each.
 
-    Raises:
-        InputError: if there is none.
+    Raises InputError if there is none.
     """
     damaged = []
     for file in step_files(folder):

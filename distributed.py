@@ -80,8 +80,7 @@ def _init_process_group(device: torch.device) -> torch.device:
 
     A process that torchrun has not started stays alone, and keeps the device.
 
-    Raises:
-        InputError: if there are fewer CUDA devices than processes.
+    Raises InputError if there are fewer CUDA devices than processes.
     """
     if not dist.is_torchelastic_launched():
         return device

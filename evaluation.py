@@ -130,8 +130,7 @@ def caption_chunks(lengths: torch.Tensor, n_words: int) -> list[slice]:
 def fold_slices(dataset: PrecompDataset) -> list[tuple[slice, slice]]:
     """Five equal, consecutive folds: the images and the captions of each.
 
-    Raises:
-        InputError: if the images cannot be divided so.
+    Raises InputError if the images cannot be divided so.
     """
     n_images, per_image = dataset.n_images, dataset.captions_per_image
     if n_images % N_FOLDS or len(dataset) != n_images * per_image:
@@ -165,8 +164,7 @@ def evaluate(
     and no matrix is returned. Each of several processes scores its share of the images; all return
     the same.
 
-    Raises:
-        InputError: if a score is not finite.
+    Raises InputError if a score is not finite.
     """
     folds = fold_slices(dataset) if fold5 else []
     whole = (slice(0, dataset.n_images), slice(0, len(dataset)))
@@ -254,8 +252,7 @@ def report(metrics: dict) -> str:
 def load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabulary]:
     """A model, its options overridden by those of `opt` that are not None, and its vocabulary.
 
-    Raises:
-        InputError: if the checkpoint or its vocabulary is missing, or they do not fit.
+    Raises InputError if the checkpoint or its vocabulary is missing, or they do not fit.
     """
     checkpoint = load_checkpoint(path)
     model = model_from(checkpoint, path)
@@ -352,8 +349,7 @@ def evalrank(
 
     others: any other option of the command line by name (vocab_path, data_name, device, …).
 
-    Raises:
-        InputError: for anything wrong with the files.
+    Raises InputError for anything wrong with the files.
     """
     opt = options().parse_args([])
     if unknown := sorted(others.keys() - vars(opt).keys()):

@@ -45,9 +45,8 @@ def retrieval_metrics(sims: np.ndarray, image_of_caption: np.ndarray) -> dict:
     sims (n_images, n_captions), image_of_caption (n_captions,) ->
     {"i2t": {r1, r5, r10, medr, meanr}, "t2i": {…}, "rsum", "n_images", "n_captions"}.
 
-    Raises:
-        ValueError: for scores that are not finite, counts that do not fit, or an image that has
-            no caption.
+    Raises ValueError for scores that are not finite, counts that do not fit, or an image that has
+    no caption.
     """
     image_of_caption = np.asarray(image_of_caption)
     n_images, n_captions = sims.shape
@@ -109,8 +108,7 @@ def resampled(folds: list[np.ndarray], n_samples: int, seed: int) -> np.ndarray:
     are and both directions share the draw: what another gallery, or another seed of training,
     would do is not in these numbers.
 
-    Raises:
-        ValueError: for no samples, no images or hits that are no numbers.
+    Raises ValueError for no samples, no images or hits that are no numbers.
     """
     if n_samples < 1 or not folds or min(map(len, folds)) < 2:
         raise ValueError(
@@ -153,8 +151,7 @@ def paired_bootstrap(
     a, b: as in `resampled`, of two models on the same test set, in the same order; each sample
     draws the same images for both.
 
-    Raises:
-        ValueError: if they are not of as many images.
+    Raises ValueError if they are not of as many images.
     """
     if [len(x) for x in a] != [len(x) for x in b]:
         raise ValueError(f"{[len(x) for x in a]} images and {[len(x) for x in b]}: not the same")

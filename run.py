@@ -105,8 +105,7 @@ def resume_options(opt: argparse.Namespace, given: dict) -> tuple[argparse.Names
 
     given: the options that stand on the command line.
 
-    Raises:
-        InputError: if there is no run to resume, or a given option contradicts it.
+    Raises InputError if there is no run to resume, or a given option contradicts it.
     """
     path, saved = Path(opt.resume or opt.model_name), None
     if is_main_process() and not path.is_file():
@@ -150,8 +149,7 @@ def restore(
 ) -> RunState:
     """Put a saved run back in place.
 
-    Raises:
-        InputError: if the vocabulary is another one, or the state is not that of such a run.
+    Raises InputError if the vocabulary is another one, or the state is not that of such a run.
     """
     if saved["vocab"] != vocab.fingerprint():
         file = vocab_file(opt.vocab_path, opt.data_name)
@@ -193,8 +191,7 @@ def seed_rank(seed: int, step: int) -> None:
 def open_run(opt: argparse.Namespace, state: RunState, resumed: bool) -> Iterator[RunLog]:
     """The folders of a run, locked, with an earlier run moved aside; gives its log.
 
-    Raises:
-        InputError: if another process trains into the folder, or it holds something else.
+    Raises InputError if another process trains into the folder, or it holds something else.
     """
     if not is_main_process():
         yield RunLog()
@@ -224,8 +221,7 @@ def open_run(opt: argparse.Namespace, state: RunState, resumed: bool) -> Iterato
 def earlier_runs(opt: argparse.Namespace) -> list[Path]:
     """Those of the two folders a run writes into that hold an earlier run.
 
-    Raises:
-        InputError: if one holds something else: nothing but a run is ever moved aside.
+    Raises InputError if one holds something else: nothing but a run is ever moved aside.
     """
     folders = [Path(opt.model_name).resolve(), Path(opt.logger_name).resolve()]
     return [folder for folder in folders if holds_run(folder)]
@@ -401,8 +397,7 @@ class StopSignal:
 def batches(loader: DataLoader, log: RunLog) -> Iterator[Batch]:
     """The loader's batches; the time spent waiting for them goes into the log.
 
-    Raises:
-        InputError: if a loader process died.
+    Raises InputError if a loader process died.
     """
     iterator = iter(loader)
     # PyTorch's handler would raise in the middle of a step; next() notices a dead process too.

@@ -172,8 +172,7 @@ def train_step(
     contrastive: contrastive_loss instead of triplet_loss.
     similarity: scores in place of the model's own.
 
-    Raises:
-        InputError: if loss or gradient is not finite, before the weights are touched.
+    Raises InputError if loss or gradient is not finite, before the weights are touched.
     """
     sims = model(batch.images, batch.captions, batch.lengths, dtype, similarity)
     sims = all_gather_replicated(sims)

@@ -96,8 +96,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     `path` holds its old content or all of the new, whatever happens. Links are followed. A device,
     a pipe or this command's own output is opened and written to.
 
-    Raises:
-        OSError: if it cannot be written; what was there is left as it was.
+    Raises OSError if it cannot be written; what was there is left as it was.
     """
     if _is_stream(path):
         content = io.BytesIO()  # np.save asks for its position in the file, which a pipe has not
@@ -130,8 +129,7 @@ def write_json(path: str | Path, value: object) -> None:
 def check_targets(*paths: str | Path | None) -> None:
     """Try the files that a command will write, before its work starts. None is passed over.
 
-    Raises:
-        InputError: if two are the same file, one is a folder or cannot be written.
+    Raises InputError if two are the same file, one is a folder or cannot be written.
     """
     targets = [Path(path) for path in paths if path is not None]
     files = [os.path.realpath(path) for path in targets if not _is_stream(path)]
@@ -190,8 +188,7 @@ def progress(items: Iterable, total: int, what: str) -> Iterator:
 def select_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda`, `cuda:1`.
 
-    Raises:
-        InputError: if there is no such device.
+    Raises InputError if there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

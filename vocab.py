@@ -155,8 +155,7 @@ def read_word_vectors(
 
     path: GloVe's text format, a line a word: the word and its vector, separated by spaces.
 
-    Raises:
-        InputError: if it has none of the words, or vectors of another size.
+    Raises InputError if it has none of the words, or vectors of another size.
     """
     found = {}
     with Path(path).open(encoding="utf-8") as file:

@@ -168,8 +168,7 @@ def compare(
 
     limits: seconds that no work of a precision can go below, measured in the same turns.
 
-    Raises:
-        InputError: if a work is faster than its limit, which then was not measured well.
+    Raises InputError if a work is faster than its limit, which then was not measured well.
     """
     limits = limits or {}
     peak = {name: peak_memory(work, device) for name, work in works.items()}  # and warm up

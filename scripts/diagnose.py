@@ -61,8 +61,7 @@ def diagnose(
 ) -> dict[str, dict]:
     """Accuracy in percent and number of questions of each kind that has any.
 
-    Raises:
-        InputError: if the folder's scenes or foils are missing, or of another data set.
+    Raises InputError if the folder's scenes or foils are missing, or of another data set.
     """
     scenes = read_lines(folder / f"{dataset.split}_scenes.jsonl")
     foils = read_lines(folder / f"{dataset.split}_foils.jsonl")

@@ -131,8 +131,7 @@ def may_meet(a: Group, b: Group, split: str) -> bool:
 def draw_scenes(split: str, n: int, rng: Generator) -> list[Scene]:
     """n different scenes, twins next to each other. A larger n only appends scenes.
 
-    Raises:
-        InputError: if the split has fewer than n scenes.
+    Raises InputError if the split has fewer than n scenes.
     """
     pairs = [pair for pair in itertools.combinations(GROUPS, 2) if may_meet(*pair, split)]
     used: set[frozenset[Group]] = set()  # pairs of groups
@@ -445,8 +444,7 @@ def make_split(out: Path, split: str, scenes: list[Scene], seed: int) -> np.ndar
 def make_scenes(out: Path, seed: int, sizes: dict[str, int]) -> None:
     """Write the data set, `sizes` pictures in each split, and print what it holds.
 
-    Raises:
-        InputError: if the data set cannot have these sizes, before anything is written.
+    Raises InputError if the data set cannot have these sizes, before anything is written.
     """
     scenes = {}
     for k, split in enumerate(SPLITS):
