@@ -44,7 +44,7 @@ def main() -> None:
     save_checkpoint(contents, files[0])
     vocab.save(files[1])
     if opt.projection is not None:
-        shutil.copy(opt.projection, files[2])
+        shutil.copyfile(opt.projection, files[2])
     size = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
     print(f"{opt.folder}: {size:.1f} MB, dev rsum {contents['best_rsum']:.1f} before rounding")
 
