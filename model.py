@@ -396,7 +396,7 @@ def triplet_loss(sims: Tensor, margin: float = 0.2, max_violation: bool = True) 
     return i2t.sum() + t2i.sum()
 
 
-def contrastive_loss(sims: Tensor, image_index: Tensor, temperature: float = 0.05) -> Tensor:
+def contrastive_loss(sims: Tensor, image_index: Tensor, temperature: float = 0.03) -> Tensor:
     """InfoNCE (as in CLIP): cross-entropy over each row and each column, summed over the batch.
 
     image_index (B,): the image of each row. Other captions of the same image are left out.

@@ -58,7 +58,7 @@ from vocab import Vocabulary, build_from_data, read_word_vectors, vocab_file
 RECIPES = {
     "official": {},
     "modern": {
-        "loss": "contrastive", "encoder_epochs": 12, "size_augmentation": 0.2, "ema": 0.999,
+        "loss": "contrastive", "encoder_epochs": 9, "size_augmentation": 0.2, "ema": 0.999,
         "learning_rate": 1e-3, "lr_update": 0,
     },
 }  # fmt: skip
