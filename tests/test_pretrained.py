@@ -1,0 +1,28 @@
+"""The model that is handed over loads, and scores as it did when it was made."""
+
+import argparse
+
+import torch
+from conftest import ROOT
+
+from data import pad
+from evaluation import load
+
+FOLDER = ROOT / "pretrained/flickr8k"
+SCORES = [[0.32147, 0.37986], [0.32320, 0.37789]]  # of the sentences with each image
+
+
+def test_the_pretrained_model_loads_and_scores():
+    """With fixed numbers for regions: photographs are not part of the repository."""
+    model, settings, vocab = load(FOLDER / "model.pth.tar", argparse.Namespace())
+    assert (settings["img_dim"], settings["num_regions"]) == (256, 36)
+    images = torch.sin(torch.arange(2 * 36 * 256.0)).view(2, 36, 256)
+    sentences = ["two dogs run in the snow", "a man with a camera"]
+    captions, lengths = pad([torch.tensor(vocab.encode(sentence)) for sentence in sentences])
+    with torch.inference_mode():
+        sims = model(images, captions, lengths)
+    torch.testing.assert_close(sims, torch.tensor(SCORES), rtol=0, atol=1e-4)
+
+
+def test_it_is_small():
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 20e6
