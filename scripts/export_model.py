@@ -14,11 +14,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import MODEL_OPTIONS, load_checkpoint, save_checkpoint
 from evaluation import load
 from utils import check_targets, one_line
 
+MAX_HALF = torch.finfo(torch.float16).max  # 65,504: running variances can be larger
 KEPT = MODEL_OPTIONS.keys() | {"data_name"}  # of the options; the others are of the training
 
 
@@ -39,7 +42,8 @@ def main() -> None:
     contents = {name: checkpoint[name] for name in ("epoch", "Eiters", "best_rsum", "vocab")}
     contents["opt"] = {name: value for name, value in checkpoint["opt"].items() if name in KEPT}
     contents["model"] = {
-        name: x.half() if x.is_floating_point() else x for name, x in checkpoint["model"].items()
+        name: x.half() if x.is_floating_point() and x.abs().max() < MAX_HALF else x
+        for name, x in checkpoint["model"].items()
     }
     save_checkpoint(contents, files[0])
     vocab.save(files[1])

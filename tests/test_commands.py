@@ -242,6 +242,13 @@ def test_protocols_have_names():
 
 
 def test_an_exported_model_needs_nothing_else(trained, tmp_path):
+    checkpoint = load_checkpoint(trained[0] / BEST)
+    large = "image_encoder.graph.layers.0.bn.running_var"  # which half precision cannot hold
+    checkpoint["model"][large].mul_(1e7)
+    torch.save(checkpoint, tmp_path / "large.pth.tar")
+    succeeded(call(trained[0], export_model.main, tmp_path / "large.pth.tar", tmp_path / "large"))
+    exported = load_checkpoint(tmp_path / "large/model.pth.tar")["model"][large]
+    assert torch.equal(exported, checkpoint["model"][large])
     succeeded(call(trained[0], export_model.main, BEST, tmp_path / "mine"))
     model, data = tmp_path / "mine/model.pth.tar", trained[0] / "data"
     evaluated(trained, "--save_sims", tmp_path / "before.npy")
