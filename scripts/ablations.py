@@ -38,7 +38,6 @@ class Set(NamedTuple):
 NO_LAYERS = "--graph_layers 0 --text_layers 0"
 MODERN = "--recipe modern --word_dim 100 --word_vectors data/word_vectors.txt"
 WARM = "--learning_rate 5e-4 --warmup_epochs 2"
-LHSC = {"lhsc": ("LHSC", "")}
 BASELINES = {
     "saf": ("SAF (no graph, no word layers)", NO_LAYERS),
     "scan": ("SCAN, text to image", f"{NO_LAYERS} --similarity scan"),
@@ -64,8 +63,8 @@ SETS = {
         "--data_name scenes_precomp --embed_size 128 --sim_dim 64 --word_dim 100 --batch_size 64 "
         "--embed_dropout 0.1 --pool_dropout 0.1 --learning_rate 1e-3 --warmup_epochs 2 "
         "--num_epochs 10 --lr_update 8",
-        LHSC
-        | {
+        {
+            "lhsc": ("LHSC", ""),
             "attended": ("LHSC, global vector of attended regions", "--similarity attended"),
             "local": ("LHSC, local alignments only", "--similarity local"),
             "global": ("LHSC, global alignment only", "--similarity global"),

@@ -43,7 +43,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic_write, one_line, progress, select_device, write_text
+from utils import (
+    InputError,
+    atomic_write,
+    check_targets,
+    one_line,
+    progress,
+    select_device,
+    write_text,
+)
 
 EFFICIENTNET = "efficientnet-lite2"
 GRID = 6  # cells per side
@@ -273,6 +281,8 @@ def main() -> None:
     files = named_pictures(ids, opt.folder) if has_ids else find_pictures(opt.folder)
     extractor = Extractor(opt.backbone, opt.projection, select_device(opt.device))
     cache = folder / f".{opt.split}_extracting"
+    folder.mkdir(parents=True, exist_ok=True)
+    check_targets(ims, boxes, ids)
     kept = extract(extractor, files, cache)
     left_out = len(files) - len(kept)
     if has_ids and left_out:

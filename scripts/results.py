@@ -24,7 +24,7 @@ from ablations import SETS
 from diagnose import KINDS
 from visualize import curves_figure, plt, read_log
 
-from utils import InputError, one_line, write_text
+from utils import InputError, atomic_write, one_line, write_text
 
 # Options that may differ between the seeds of a variant: places, and how often a run logs.
 APART = {"seed", "data_path", "vocab_path", "model_name", "logger_name", "resume", "workers"}
@@ -164,6 +164,10 @@ def scenes_figure(found: dict[str, list[Seed]]) -> plt.Figure:
     return fig
 
 
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
 # -- the command line -----------------------------------------------------------------------------
 
 
@@ -203,9 +207,9 @@ def main() -> None:
     if opt.write:
         if photos:
             logs = {title.replace("`", ""): seeds[0].log for title, seeds in photos.items()}
-            curves_figure(logs).savefig(ROOT / "fig/flickr8k.png", dpi=110)
+            save_figure(curves_figure(logs), ROOT / "fig/flickr8k.png")
         if scenes:
-            scenes_figure(scenes).savefig(ROOT / "fig/scenes.png", dpi=110)
+            save_figure(scenes_figure(scenes), ROOT / "fig/scenes.png")
 
 
 if __name__ == "__main__":

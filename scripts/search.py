@@ -6,9 +6,9 @@
     python scripts/search.py index PHOTOS               # only make or update the index
 
 PHOTOS is a folder of photographs, or the {split}_ims.npy of a data set (--pictures names the folder
-of its pictures). Photographs become regions as in extract_features.py, with the projection.npz
-beside the model. The index is kept in PHOTOS.index (or --index), and updated when a picture or the
-model changed.
+of its pictures). The model is pretrained/flickr8k unless --model_path names another. Photographs
+become regions as in extract_features.py, with the projection.npz beside the model. The index
+is kept in PHOTOS.index (or --index), and updated when a picture or the model changed.
 
 Up to 2,000 images, LHSC scores all; beyond that 200 candidates. LHSC's score is not an inner
 product. But its local alignment becomes one if every word attends to all regions equally and counts
