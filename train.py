@@ -59,7 +59,7 @@ RECIPES = {
     "official": {},
     "modern": {
         "loss": "contrastive", "encoder_epochs": 9, "size_augmentation": 0.2, "ema": 0.999,
-        "learning_rate": 1e-3, "lr_update": 0,
+        "learning_rate": 1e-3, "lr_update": 0, "lr_warmup": 200,
     },
 }  # fmt: skip
 
@@ -104,6 +104,7 @@ def options() -> argparse.ArgumentParser:
     add("--patience", default=0, type=at_least(0), help="stop after so many epochs without a rise")
     add("--learning_rate", default=2e-4, type=number(1e-12, 1e3), help="of Adam")
     add("--lr_update", default=30, type=at_least(0), help="epochs between those of ×0.1, 0 = none")
+    add("--lr_warmup", default=0, type=at_least(0), help="first steps, over which it rises from 0")
     add("--weight_decay", default=0.0, type=number(0), help="decoupled (AdamW), of all weights")
     add("--ema", default=0.0, type=number(0, 1), help="decay of averaged weights, e.g. 0.999")
     add("--precision", default="fp32", choices=[*PRECISIONS], help="of the large matrix products")
@@ -193,6 +194,17 @@ def train_step(
     return loss.item()
 
 
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, opt: argparse.Namespace, epoch: int, step: int
+) -> float:
+    """×0.1 every lr_update epochs; in the first lr_warmup steps it rises in a straight line."""
+    lr = opt.learning_rate * 0.1 ** (epoch // opt.lr_update if opt.lr_update else 0)
+    lr *= min(1, (step + 1) / (opt.lr_warmup + 1))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def freeze(model: LHSC, encoders_only: bool) -> None:
     """Train the encoders alone, or all else alone."""
     model.requires_grad_(encoders_only)
@@ -246,12 +258,10 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 model.load_state_dict(ema_model.state_dict())
             contrastive = encoders_only or opt.loss == "contrastive"
             hardest = opt.max_violation and epoch >= opt.warmup_epochs and not contrastive
-            lr = opt.learning_rate * 0.1 ** (epoch // opt.lr_update if opt.lr_update else 0)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             for batch in batches(loader, log):
                 model.train()
                 batch = batch.to(device)
+                lr = set_learning_rate(optimizer, opt, epoch, state.step)
                 if opt.size_augmentation:
                     batch = size_augmentation(batch, opt.size_augmentation)
                 loss = train_step(
@@ -365,7 +375,8 @@ def main() -> None:
         earlier_runs(opt)  # refuses folders that hold something else
         reuse_freed_memory()
         opt.matmul = choose_matmul(device, opt.matmul)  # a resumed run keeps its library
-        print_on_main(f"float32 products on the CPU: {opt.matmul}")
+        if device.type == "cpu":
+            print_on_main(f"float32 products: {opt.matmul}")
         train(opt, device, saved)
 
 

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import MODEL_OPTIONS, load_checkpoint, save_checkpoint
 from evaluation import load
-from utils import check_targets, one_line
+from utils import InputError, check_targets, one_line
 
 MAX_HALF = torch.finfo(torch.float16).max  # 65,504: running variances can be larger
 KEPT = MODEL_OPTIONS.keys() | {"data_name"}  # of the options; the others are of the training
@@ -35,11 +35,14 @@ def main() -> None:
     add("--vocab_path", default=None, help="folder of the vocabularies")
     opt = parser.parse_args()
     _, _, vocab = load(opt.model_path, argparse.Namespace(vocab_path=opt.vocab_path))
+    checkpoint = load_checkpoint(opt.model_path)
+    names = "epoch", "Eiters", "best_rsum", "vocab", "opt"
+    if missing := [name for name in names if name not in checkpoint]:
+        raise InputError(f"{opt.model_path}: holds no {', '.join(missing)}: not made by train.py")
     opt.folder.mkdir(parents=True, exist_ok=True)
     files = [opt.folder / name for name in ("model.pth.tar", "vocab.json", "projection.npz")]
     check_targets(*files)
-    checkpoint = load_checkpoint(opt.model_path)
-    contents = {name: checkpoint[name] for name in ("epoch", "Eiters", "best_rsum", "vocab")}
+    contents = {name: checkpoint[name] for name in names}
     contents["opt"] = {name: value for name, value in checkpoint["opt"].items() if name in KEPT}
     contents["model"] = {
         name: x.half() if x.is_floating_point() and x.abs().max() < MAX_HALF else x

@@ -258,6 +258,11 @@ def test_an_exported_model_needs_nothing_else(trained, tmp_path):
     assert 0 < np.abs(before - after).max() < 1e-3  # half precision
     assert {x.dtype for x in torch.load(model)["model"].values()} == {torch.float16, torch.int64}
     refused(call(trained[0], export_model.main, "nothing", tmp_path / "mine"), "nothing")
+    del checkpoint["vocab"]  # as in the authors' own
+    torch.save(checkpoint, tmp_path / "large.pth.tar")
+    other = call(trained[0], export_model.main, tmp_path / "large.pth.tar", tmp_path / "other")
+    refused(other, "holds no vocab")
+    assert not (tmp_path / "other").exists()
 
 
 def test_another_vocabulary_is_refused(trained, tmp_path):

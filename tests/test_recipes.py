@@ -103,6 +103,12 @@ def test_the_learning_rate_falls_as_officially(tiny, monkeypatch, lr_update):
     assert [step["lr"] for step in found] == pytest.approx(expected)
 
 
+def test_the_learning_rate_rises_over_the_first_steps(tiny, monkeypatch):
+    arguments = ["--batch_size", 30, "--num_epochs", 2, "--lr_warmup", 7, "--learning_rate", 0.8]
+    found = [step["lr"] for step in steps_of_a_run(monkeypatch, tiny, *arguments)]
+    assert found == pytest.approx([min(0.1 * step, 0.8) for step in range(1, 11)])
+
+
 def test_patience_ends_a_run_after_epochs_without_a_rise(tiny, monkeypatch):
     rsums = iter([10, 30, 20, 30])  # no fifth epoch
     metrics = retrieval_metrics(np.eye(2), np.arange(2))
