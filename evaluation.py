@@ -5,6 +5,7 @@
         --data_name coco_precomp --split testall --fold5        # COCO 1K, five folds
     python evaluation.py --model_path A.pth.tar B.pth.tar       # an ensemble: mean of the scores
     python evaluation.py --bootstrap 1000                       # with 95 % intervals
+    python evaluation.py --qb_norm 20                           # with querybank normalisation
 
     torchrun --nproc_per_node 4 evaluation.py …                 # several GPUs: distributed.py
 
@@ -25,7 +26,7 @@ from attention import caption_index_of
 from checkpoint import load_checkpoint, model_from
 from data import Captions, PrecompDataset
 from distributed import is_main_process, rank_slice
-from metrics import bootstrap_intervals, image_hits, mean_metrics, retrieval_metrics
+from metrics import bootstrap_intervals, image_hits, mean_metrics, qb_norm, retrieval_metrics
 from model import LHSC, EncodedCaptions, EncodedImages
 from utils import (
     InputError,
@@ -33,6 +34,7 @@ from utils import (
     atomic_write,
     check_targets,
     choose_matmul,
+    number,
     one_line,
     progress,
     select_device,
@@ -45,6 +47,7 @@ ENCODE_BATCH = 100  # the official code's; with its padding a caption's embeddin
 ATTENTION_NUMEL = 2**21  # of a batch of captions; only those over 145 words need smaller batches
 SCORE_CHUNK = {"cpu": (16, 512), "cuda": (128, 1024)}  # images, words that are scored at once
 N_FOLDS = 5
+BANK_CAPTIONS = 5000  # of QB-Norm, from the training split, with their images
 COLLAPSED = 1e-6  # scores this close together are one score
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the scoring's products
 
@@ -157,8 +160,13 @@ def evaluate(
     want_sims: bool = True,
     precision: str = "fp32",
     bootstrap: int = 0,
+    bank: PrecompDataset | None = None,
+    beta: float = 20.0,
 ) -> tuple[dict, np.ndarray | None]:
     """Metrics of one model, or of several by the mean of their scores, and the score matrix.
+
+    bank: training images and captions, for metrics.qb_norm with this beta; the matrix is not
+    changed by it.
 
     With `fold5` and not `want_sims` only the blocks of the folds are scored, a fifth of the work,
     and no matrix is returned. Each of several processes scores its share of the images; all return
@@ -169,17 +177,23 @@ def evaluate(
     folds = fold_slices(dataset) if fold5 else []
     whole = (slice(0, dataset.n_images), slice(0, len(dataset)))
     wanted = folds if fold5 and not want_sims else [whole]
-    totals = [np.float32(0)] * len(wanted)
+    products = [(dataset, i, dataset, c) for i, c in wanted]  # whose images, whose captions
+    if bank is not None:
+        products += [(bank, slice(0, bank.n_images), dataset, whole[1])]
+        products += [(dataset, whole[0], bank, slice(0, len(bank)))]
+    totals = [np.float32(0)] * len(products)
     for model in models:
-        images = encode_images(model, dataset, device)
-        captions = encode_captions(model, dataset, device)
-        for k, (i, c) in enumerate(wanted):
-            parts = images.rows(local_slice(i, dataset)), captions.rows(c)
+        sets = [dataset] if bank is None else [dataset, bank]
+        images = {data: encode_images(model, data, device) for data in sets}
+        captions = {data: encode_captions(model, data, device) for data in sets}
+        for k, (x, i, y, c) in enumerate(products):
+            parts = images[x].rows(local_slice(i, x)), captions[y].rows(c)
             totals[k] = totals[k] + score(model, *parts, PRECISIONS[precision])
     blocks = [
         np.concatenate(distributed.all_gather_object(total / np.float32(len(models))))
         for total in totals
     ]
+    blocks, banks = blocks[: len(wanted)], blocks[len(wanted) :]
     matrix = blocks[0] if wanted == [whole] else None
     if fold5 and matrix is not None:
         blocks = [matrix[i, c] for i, c in folds]
@@ -190,13 +204,20 @@ def evaluate(
             file=sys.stderr,
         )
     image_of_caption = dataset.image_of_caption[folds[0][1] if fold5 else slice(None)]
+    by_way = [(block, block) for block in blocks]  # scores for i2t, for t2i
+    if bank is not None:
+        of_images, of_captions = banks  # the bank's, with all captions and with all images
+        by_way = [
+            (qb_norm(block, of_images[:, c], beta), qb_norm(block.T, of_captions[i].T, beta).T)
+            for block, (i, c) in zip(blocks, folds or [whole], strict=True)
+        ]
     try:
-        results = [retrieval_metrics(block, image_of_caption) for block in blocks]
+        results = [retrieval_metrics(i2t, image_of_caption, t2i) for i2t, t2i in by_way]
     except ValueError as error:
         raise InputError(f"{dataset.name} {dataset.split}: {error}") from error
     metrics = mean_metrics(results) if fold5 else results[0]
     if bootstrap:
-        hits = [image_hits(block, image_of_caption) for block in blocks]
+        hits = [image_hits(i2t, image_of_caption, t2i) for i2t, t2i in by_way]
         metrics["bootstrap"] = bootstrap_intervals(hits, bootstrap)
     return metrics, matrix
 
@@ -292,6 +313,9 @@ def options() -> argparse.ArgumentParser:
     add("--save_sims", default=None, metavar="F.npy",
         help="write the scores, float32 (n_images, n_captions)")
     add("--save_metrics", default=None, metavar="F.json", help="write the metrics")
+    add("--qb_norm", default=0.0, type=number(0), metavar="BETA",
+        help="querybank normalisation, e.g. 20: scores less the hubness of images and captions, "
+        "which 5,000 training captions and their images find; 0 = none")
     add("--bootstrap", default=0, type=at_least(0), metavar="N",
         help="95%% intervals from N samples of the images, e.g. 1000")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -318,23 +342,26 @@ def run(opt: argparse.Namespace, device: torch.device) -> dict:
     if len(sizes) > 1:
         raise InputError(f"an ensemble needs one kind of regions, found {sorted(sizes)}")
     limit = settings.get("val_captions") if opt.split == "dev" else None
-    dataset = PrecompDataset(
-        settings["data_path"], settings["data_name"], opt.split, vocab, *sizes.pop(), limit
-    )
+    where, size = (settings["data_path"], settings["data_name"]), sizes.pop()
+    dataset = PrecompDataset(*where, opt.split, vocab, *size, limit)
+    bank = PrecompDataset(*where, "train", vocab, *size, BANK_CAPTIONS) if opt.qb_norm else None
     want_sims = opt.save_sims is not None or not opt.fold5
     metrics, sims = evaluate(
-        models, dataset, device, opt.fold5, want_sims, opt.precision, opt.bootstrap
-    )
+        models, dataset, device, opt.fold5, want_sims, opt.precision, opt.bootstrap, bank,
+        opt.qb_norm,
+    )  # fmt: skip
     if not is_main_process():
         return metrics
     name = protocol(dataset.name, dataset.split, dataset.n_images, opt.fold5)
-    members = f", ensemble of {len(models)}" if len(models) > 1 else ""
-    print(f"{name} ({dataset.n_images:,} images, {len(dataset):,} captions{members})")
+    notes = [f"ensemble of {len(models)}"] * (len(models) > 1)
+    notes += [f"QB-Norm {opt.qb_norm:g}"] * bool(opt.qb_norm)
+    about = f"{dataset.n_images:,} images", f"{len(dataset):,} captions", *notes
+    print(f"{name} ({', '.join(about)})")
     print(report(metrics), flush=True)
     if opt.save_sims is not None:
         atomic_write(opt.save_sims, lambda file: np.save(file, sims))
     if opt.save_metrics is not None:
-        write_json(opt.save_metrics, metrics | {"protocol": name})
+        write_json(opt.save_metrics, metrics | {"protocol": name, "qb_norm": opt.qb_norm})
     return metrics
 
 

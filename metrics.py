@@ -39,11 +39,33 @@ def recalls(ranks: np.ndarray) -> dict[str, float]:
     }
 
 
-def retrieval_metrics(sims: np.ndarray, image_of_caption: np.ndarray) -> dict:
+def qb_norm(sims: np.ndarray, bank: np.ndarray, beta: float) -> np.ndarray:
+    """Querybank normalisation: scores less the hubness of what they are the scores of.
+
+    Some answers score high for all queries. Here they are found by queries of the training set:
+
+    hubness_g = log(Σ_b exp(β bank_bg)) / β,   sims_qg ← sims_qg − hubness_g
+
+    which ranks as the inverted softmax does. Only queries whose best answer is the best one of a
+    bank query too are changed ("dynamic"). Bogolin et al., "Cross Modal Retrieval with Querybank
+    Normalisation", CVPR 2022.
+
+    sims (n_queries, n_answers), bank (n_bank_queries, n_answers) -> (n_queries, n_answers).
+    """
+    peak = bank.max(axis=0)
+    hubness = peak + np.log(np.exp(beta * (bank - peak)).sum(axis=0)) / beta  # (n_answers,)
+    changed = np.isin(sims.argmax(axis=1), bank.argmax(axis=1))  # (n_queries,)
+    return sims - np.where(changed[:, None], hubness, 0)
+
+
+def retrieval_metrics(
+    sims: np.ndarray, image_of_caption: np.ndarray, t2i_sims: np.ndarray | None = None
+) -> dict:
     """Both directions and their sum.
 
     sims (n_images, n_captions), image_of_caption (n_captions,) ->
     {"i2t": {r1, r5, r10, medr, meanr}, "t2i": {…}, "rsum", "n_images", "n_captions"}.
+    t2i_sims: scores for text to image, if they are others (qb_norm).
 
     Raises ValueError for scores that are not finite, counts that do not fit, or an image that has
     no caption.
@@ -58,7 +80,7 @@ def retrieval_metrics(sims: np.ndarray, image_of_caption: np.ndarray) -> dict:
         bad = int((~np.isfinite(sims)).sum())
         raise ValueError(f"{bad} of {sims.size} scores are NaN or infinite: nothing to rank")
     i2t = recalls(i2t_ranks(sims, image_of_caption))
-    t2i = recalls(t2i_ranks(sims, image_of_caption))
+    t2i = recalls(t2i_ranks(sims if t2i_sims is None else t2i_sims, image_of_caption))
     rsum = sum(direction[r] for direction in (i2t, t2i) for r in ("r1", "r5", "r10"))
     return {"i2t": i2t, "t2i": t2i, "rsum": rsum, "n_images": n_images, "n_captions": n_captions}
 
@@ -82,13 +104,16 @@ def mean_metrics(folds: list[dict]) -> dict:
 RECALLS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
 
 
-def image_hits(sims: np.ndarray, image_of_caption: np.ndarray) -> np.ndarray:
-    """What each image adds to the six recalls: (n_images, 7).
+def image_hits(
+    sims: np.ndarray, image_of_caption: np.ndarray, t2i_sims: np.ndarray | None = None
+) -> np.ndarray:
+    """What each image adds to the six recalls: (n_images, 7). Arguments as of retrieval_metrics.
 
     In the order of RECALLS whether the image finds one of its captions, and how many of its
     captions find it; last, how many captions it has.
     """
-    i2t, t2i = i2t_ranks(sims, image_of_caption), t2i_ranks(sims, image_of_caption)
+    i2t = i2t_ranks(sims, image_of_caption)
+    t2i = t2i_ranks(sims if t2i_sims is None else t2i_sims, image_of_caption)
     columns = [i2t < k for k in (1, 5, 10)]
     columns += [np.bincount(image_of_caption, t2i < k, len(sims)) for k in (1, 5, 10)]
     columns.append(np.bincount(image_of_caption, minlength=len(sims)))

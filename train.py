@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import distributed
 from baselines import SIMILARITIES, VSESimilarity, build_model
@@ -58,7 +59,8 @@ from vocab import Vocabulary, build_from_data, read_word_vectors, vocab_file
 RECIPES = {
     "official": {},
     "modern": {
-        "loss": "contrastive", "encoder_epochs": 9, "size_augmentation": 0.2, "ema": 0.999,
+        "loss": "contrastive", "encoder_epochs": 10, "size_augmentation": 0.2,
+        "feature_dropout": 0.3, "ema": 0.999,
         "learning_rate": 1e-3, "lr_update": 0, "lr_warmup": 200,
     },
 }  # fmt: skip
@@ -114,6 +116,7 @@ def options() -> argparse.ArgumentParser:
         help="first epochs train the encoders alone, by VSE++'s cosine; the others all else alone")
     add("--size_augmentation", default=0.0, type=number(0, 1),
         help="share of regions and of words that a step leaves out, at random")
+    add("--feature_dropout", default=0.0, type=number(0, 1), help="of the images' numbers")
     add("--margin", default=0.2, type=number(0), help="of the triplet loss")
     add("--max_violation", default=True, action=switch, help="only the hardest negative counts")
     add("--warmup_epochs", default=0, type=at_least(0),
@@ -205,6 +208,13 @@ def set_learning_rate(
     return lr
 
 
+def augment(batch: Batch, size: float, dropout: float) -> Batch:
+    """size_augmentation, and dropout of the numbers of region features."""
+    if size:
+        batch = size_augmentation(batch, size)
+    return batch._replace(images=F.dropout(batch.images, dropout)) if dropout else batch
+
+
 def freeze(model: LHSC, encoders_only: bool) -> None:
     """Train the encoders alone, or all else alone."""
     model.requires_grad_(encoders_only)
@@ -260,10 +270,8 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
             hardest = opt.max_violation and epoch >= opt.warmup_epochs and not contrastive
             for batch in batches(loader, log):
                 model.train()
-                batch = batch.to(device)
+                batch = augment(batch.to(device), opt.size_augmentation, opt.feature_dropout)
                 lr = set_learning_rate(optimizer, opt, epoch, state.step)
-                if opt.size_augmentation:
-                    batch = size_augmentation(batch, opt.size_augmentation)
                 loss = train_step(
                     model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype,
                     contrastive, VSESimilarity() if encoders_only else None,

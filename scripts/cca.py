@@ -15,15 +15,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Captions, PrecompDataset
-from evaluation import report
-from metrics import bootstrap_intervals, image_hits, retrieval_metrics
-from utils import check_targets, one_line, write_json
+from evaluation import BANK_CAPTIONS, report
+from metrics import bootstrap_intervals, image_hits, qb_norm, retrieval_metrics
+from utils import check_targets, number, one_line, write_json
 from vocab import Vocabulary, vocab_file
 
 SHRINK = (0.01, 0.03, 0.1, 0.3, 1.0)  # tried on dev
@@ -71,12 +72,14 @@ class CCA:
         left, correlations, right = torch.linalg.svd(x_root @ self.xy @ y_root, False)
         return x_root @ left * correlations.square(), y_root @ right.T * correlations.square()
 
-    def score(self, dataset: PrecompDataset, x_map: Tensor, y_map: Tensor) -> Tensor:
-        """Cosines of the mapped images and captions: (B, C) float32."""
+    def encode(
+        self, dataset: PrecompDataset, x_map: Tensor, y_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The mapped images (B, k) and captions (C, k), of length 1."""
         images = (mean_regions(dataset) - self.x_mean) @ x_map  # (B, k)
         words = (y - self.y_mean for _, y in tf_idf(dataset, self.idf))
         captions = torch.cat([y @ y_map for y in words])  # (C, k)
-        return (F.normalize(images) @ F.normalize(captions).T).float()
+        return F.normalize(images), F.normalize(captions)
 
 
 def inverse_root(covariance: Tensor, shrink: float) -> Tensor:
@@ -93,28 +96,39 @@ def main() -> None:
     add("--data_path", default="./data", help="folder of the data sets")
     add("--data_name", default="f30k_precomp", help="its folder in data_path")
     add("--vocab_path", default="./vocab", help="folder of the vocabularies")
+    add("--qb_norm", default=0.0, type=number(0), metavar="BETA", help="as of evaluation.py")
     add("--json", type=Path, help="write the metrics")
     opt = parser.parse_args()
     check_targets(opt.json)
     vocab = Vocabulary.load(vocab_file(opt.vocab_path, opt.data_name))
-    train, dev, test = (
-        PrecompDataset(opt.data_path, opt.data_name, split, vocab)
-        for split in ("train", "dev", "test")
-    )
+    where = opt.data_path, opt.data_name
+    train, dev, test = (PrecompDataset(*where, split, vocab) for split in ("train", "dev", "test"))
+    bank = PrecompDataset(*where, "train", vocab, max_captions=BANK_CAPTIONS)
     cca, tried = CCA(train, len(vocab)), {}
+
+    def scores(dataset: PrecompDataset, shrink: float) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines (B, C) for image to text, and for text to image."""
+        images, captions = cca.encode(dataset, *cca.maps(shrink))
+        i2t = t2i = (images @ captions.T).numpy()
+        if opt.qb_norm:
+            of_images, of_captions = cca.encode(bank, *cca.maps(shrink))
+            t2i = qb_norm(i2t.T, (of_captions @ images.T).numpy(), opt.qb_norm).T
+            i2t = qb_norm(i2t, (of_images @ captions.T).numpy(), opt.qb_norm)
+        return i2t, t2i
+
     for shrink in SHRINK:
-        sims = cca.score(dev, *cca.maps(shrink)).numpy()
-        tried[shrink] = retrieval_metrics(sims, dev.image_of_caption)["rsum"]
+        i2t, t2i = scores(dev, shrink)
+        tried[shrink] = retrieval_metrics(i2t, dev.image_of_caption, t2i)["rsum"]
         print(f"shrink {shrink:g}: dev rsum {tried[shrink]:.1f}", flush=True)
     shrink = max(tried, key=tried.get)
-    maps = cca.maps(shrink)
-    sims = cca.score(test, *maps).numpy()
-    metrics = retrieval_metrics(sims, test.image_of_caption)
-    metrics["bootstrap"] = bootstrap_intervals([image_hits(sims, test.image_of_caption)])
+    i2t, t2i = scores(test, shrink)
+    metrics = retrieval_metrics(i2t, test.image_of_caption, t2i)
+    metrics["bootstrap"] = bootstrap_intervals([image_hits(i2t, test.image_of_caption, t2i)])
     print(report(metrics))
     if opt.json:
         metrics |= {"data": f"{test.name} test", "dev_rsum": tried[shrink], "shrink": shrink,
-                    "parameters": sum(x.numel() for x in maps)}  # fmt: skip
+                    "parameters": sum(x.numel() for x in cca.maps(shrink)),
+                    "qb_norm": opt.qb_norm}  # fmt: skip
         write_json(opt.json, metrics)
 
 

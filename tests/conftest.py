@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -23,11 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What tests want to say at the end (record_property "told"), and which browser was missing."""
-    for report in terminalreporter.getreports("passed"):
-        for name, line in report.user_properties:
-            if name == "told":
-                terminalreporter.write_line(line)
+    """How many tests lacked a browser."""
     skipped = terminalreporter.getreports("skipped")
     if n := sum("no Chromium" in str(report.longrepr) for report in skipped):
         terminalreporter.write_line(f"{n} browser tests skipped: no Chromium")
@@ -37,6 +34,15 @@ def pytest_terminal_summary(terminalreporter):
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def switch():
+    """What chooses the library that multiplies on a CPU; afterwards it is as before."""
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    yield switch
+    switch.fp32_precision = before
 
 
 @pytest.fixture(scope="session")
@@ -61,20 +67,18 @@ def chromium():
         browser.close()
 
 
-# -- data -----------------------------------------------------------------------------------------
-
 COLOURS = ("red", "green", "blue", "black", "white")
 THINGS = ("dog", "cat", "car", "tree", "boat")
 
 
-def write_split(folder, split, n_images, num_regions=6, img_dim=8, dtype=np.float32, repeat=1):
+def write_split(folder, split, n_images, num_regions=6, img_dim=8, repeat=1):
     """A split in SCAN's layout whose captions can be told from the features."""
     generator = np.random.default_rng(len(split))
     folder.mkdir(parents=True, exist_ok=True)
     codes = generator.normal(size=(len(COLOURS) * len(THINGS), img_dim))
     kinds = generator.integers(len(codes), size=n_images)
     noise = generator.normal(size=(n_images, num_regions, img_dim))
-    images = (codes[kinds][:, None] + 0.3 * noise).astype(dtype)
+    images = (codes[kinds][:, None] + 0.3 * noise).astype(np.float32)
     np.save(folder / f"{split}_ims.npy", np.repeat(images, repeat, axis=0))
     captions = []
     for i, kind in enumerate(kinds):
@@ -88,7 +92,6 @@ def write_split(folder, split, n_images, num_regions=6, img_dim=8, dtype=np.floa
         ]
     (folder / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
     (folder / f"{split}_ids.txt").write_text("".join(f"{split}{i}\n" for i in range(n_images)))
-    return captions
 
 
 def write_tiny(folder):
@@ -106,7 +109,19 @@ def tiny(tmp_path):
     return write_tiny(tmp_path)
 
 
-# -- commands -------------------------------------------------------------------------------------
+def load_split(folder, split, data_name="tiny", **options):
+    """A split of a data set below folder/data, and the vocabulary of its captions."""
+    from data import PrecompDataset
+    from vocab import build_from_data
+
+    vocab = build_from_data(folder / "data", data_name)
+    return PrecompDataset(folder / "data", data_name, split, vocab, **options), vocab
+
+
+def contents(folder):
+    """The files below a folder with their bytes, and the folders."""
+    return {path: path.is_dir() or path.read_bytes() for path in Path(folder).rglob("*")}
+
 
 SMALL = [
     "--data_name", "tiny", "--embed_size", "16", "--sim_dim", "8", "--word_dim", "10",
@@ -114,6 +129,12 @@ SMALL = [
     "--device", "cpu", "--matmul", "default",
 ]  # fmt: skip
 RUN = Path("runs/LHSC/checkpoint")  # where train.py writes by default
+
+
+def log_of(folder, *types):
+    """What the log of a run in `folder` says, or its lines of some types."""
+    lines = map(json.loads, (folder / RUN / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["type"] in types or not types]
 
 
 def call(folder, main, *arguments):
@@ -159,6 +180,13 @@ def refused(result, *words):
     assert len(lines) == 1 and "error: " in lines[0], result.stderr
     for word in words:
         assert word in lines[0], lines[0]
+
+
+def refuses(folder, main, *arguments, words=()):
+    """The command is refused, and leaves the folder as it was."""
+    before = contents(folder)
+    refused(call(folder, main, *arguments), *words)
+    assert contents(folder) == before
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""Shared by the tests of the model: names and gradients, also of the official loop."""
+"""Shared by the tests of the model: names, gradients, also of the official loop; memory."""
+
+import re
+from pathlib import Path
 
 from checkpoint import rename_official
 
@@ -25,3 +28,9 @@ def grads_of(module):
     if parts := parts_of(module):
         return rename_official(*map(grads_of, parts))
     return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def resident(what="VmRSS"):
+    """Megabytes."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{what}:\s+(\d+) kB", text)[1]) / 1024

@@ -25,9 +25,6 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
     return layer
 
 
-# -- encoders -------------------------------------------------------------------------------------
-
-
 class OfficialGraphLayer(nn.Module):
     """V + BatchNorm(w(G g(V))), with G = FC1(theta(V)) FC2(phi(V))ᵀ / R.  (B, D, R) -> (B, D, R)"""
 
@@ -120,9 +117,6 @@ class OfficialTextEncoder(nn.Module):
         states, _ = pad_packed_sequence(states, batch_first=True, total_length=x.shape[1])
         half = states.shape[2] // 2
         return l2norm((states[:, :, :half] + states[:, :, half:]) / 2)
-
-
-# -- similarity -----------------------------------------------------------------------------------
 
 
 class OfficialPooling(nn.Module):

@@ -20,17 +20,15 @@ def plain_gated_sum(gates, x, lengths):
     return torch.stack([part.sum(1) for part in parts], dim=1)  # (B, C, S)
 
 
+def random(*shapes):
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
 def of_alignment(n_images=5, n_words=7, num_regions=4, embed_size=6, sim_dim=3):
-    shapes = [
+    return random(
         (n_images, n_words, num_regions), (n_images, num_regions, embed_size),
         (n_words, embed_size), (sim_dim, embed_size), (sim_dim,), (sim_dim,),
-    ]  # fmt: skip
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-
-
-def of_gated_sum(n_images=5):
-    shapes = (n_images, 7), (n_images, 7, 3)
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    )  # fmt: skip
 
 
 def align(*inputs, dtype=None):
@@ -52,24 +50,18 @@ def test_values_and_gradients_are_those_of_the_plain_versions(monkeypatch, numel
     ours, expected = align(*inputs), plain_alignment(*inputs)
     assert_close(ours, expected, rtol=1e-12, atol=1e-13)
     assert_close(grads_of(ours, inputs), grads_of(expected, inputs), rtol=1e-10, atol=1e-12)
-    inputs = of_gated_sum()
+    inputs = random((5, 7), (5, 7, 3))  # gates and alignments
     ours, expected = GatedSum.apply(*inputs, LENGTHS), plain_gated_sum(*inputs, LENGTHS)
     assert_close(ours, expected, rtol=1e-12, atol=1e-13)
     assert_close(grads_of([ours], inputs), grads_of([expected], inputs), rtol=1e-10, atol=1e-12)
 
 
-def test_gradcheck():
-    assert torch.autograd.gradcheck(align, of_alignment(2, 3))
-    assert torch.autograd.gradcheck(lambda *x: GatedSum.apply(*x, LENGTHS), of_gated_sum(2))
-
-
 def test_products_in_bfloat16_come_close(monkeypatch):
     """Values and gradients in float32, as wrong as rounding to eight bits makes them."""
-    inputs = [x.detach().float() for x in of_alignment(6, 7, 36, 256, 64)]
-    inputs[0].abs_().div_(36)  # as in a model: weights of 36 regions, rows of length 1
-    inputs[1].div_(16)
-    inputs[2].div_(16)
-    inputs = [x.requires_grad_() for x in inputs]
+    weights, regions, words, *others = of_alignment(6, 7, 36, 256, 64)
+    # As in a model: weights of 36 regions, rows of length 1.
+    inputs = [weights.abs() / 36, regions / 16, words / 16, *others]
+    inputs = [x.detach().float().requires_grad_() for x in inputs]
     monkeypatch.setitem(attention.CHUNK_NUMEL, "cpu", 3 * 7 * 256)
     ours, exact = align(*inputs, dtype=torch.bfloat16), plain_alignment(*inputs)
     pairs = zip((*ours, *grads_of(ours, inputs)), (*exact, *grads_of(exact, inputs)), strict=True)

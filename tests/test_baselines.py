@@ -2,9 +2,10 @@
 
 import json
 
+import cca
 import pytest
 import torch
-from conftest import RUN, SMALL, call, succeeded
+from conftest import RUN, SMALL, call, load_split, log_of, succeeded
 from helpers import WITHOUT_GRADIENT, grads_of, state_of
 from reference import OfficialSimilarity, cross_attention, score_loop
 from torch.nn.functional import cosine_similarity
@@ -15,17 +16,13 @@ import attention
 import evaluation
 import train
 from attention import l2norm
-from baselines import SIMILARITIES, build_model, with_local_alignments
+from baselines import SIMILARITIES, build_model
 from checkpoint import load_checkpoint, model_from, rename_official
-from data import PrecompDataset
 from evaluation import encode_captions, encode_images, score
-from model import EncodedCaptions, EncodedImages, triplet_loss
-from utils import InputError
-from vocab import build_from_data
+from model import triplet_loss
 
 D, S, R = 8, 5, 6
 LENGTHS = torch.tensor([4, 2, 7, 3])
-ALIGNING = ("lhsc", "local", "attended")
 SIZES = {"img_dim": 8, "num_regions": 6, "embed_size": 16, "word_dim": 10, "sim_dim": 8}
 
 
@@ -112,22 +109,6 @@ def test_dropout_of_attended_pooling_draws_the_same_again_in_the_backward_pass(m
     assert abs(model(regions, words, LENGTHS).sum() - total(regions)) > 1e-6
 
 
-@pytest.mark.parametrize("name", ALIGNING)
-def test_gates_of_a_caption_sum_to_1(name):
-    model = similarity(name).eval()
-    regions, words = embeddings()
-    images = EncodedImages(regions, model.image_global(regions))
-    captions = EncodedCaptions(words, model.caption_global(words, LENGTHS), LENGTHS)
-    found = model.alignments(images, captions)
-    gates = torch.stack([x.sum(1) for x in found.local_gate.split(LENGTHS.tolist(), 1)], dim=1)
-    assert (found.global_ is None) == (found.global_gate is None) == (name == "local")
-    if name != "local":
-        gates = gates + found.global_gate
-    assert_close(gates, torch.ones_like(gates))
-    norm = (found.weights @ regions).norm(dim=-1)
-    assert_close(norm, torch.ones_like(norm))
-
-
 @pytest.mark.parametrize("name, options", [
     *((name, {}) for name in SIMILARITIES),
     ("lhsc", {"graph_layers": 0, "text_layers": 0}),
@@ -139,10 +120,10 @@ def test_evaluation_is_the_model(tiny, name, options, monkeypatch):
     By default captions are encoded sorted by length. With the official padding it matters which
     captions share a batch: they stay as in the file.
     """
+    assert evaluation.ENCODE_BATCH == 100  # the official code's
     monkeypatch.setattr(evaluation, "ENCODE_BATCH", 7)
     monkeypatch.setitem(evaluation.SCORE_CHUNK, "cpu", (3, 40))
-    vocab, cpu = build_from_data(tiny / "data", "tiny"), torch.device("cpu")
-    dataset = PrecompDataset(tiny / "data", "tiny", "test", vocab)
+    (dataset, vocab), cpu = load_split(tiny, "test"), torch.device("cpu")
     model = build_model(name, vocab_size=len(vocab), **SIZES, **options).eval()
     model = randomised(model, 0.4).float()
     images, captions = (f(model, dataset, cpu) for f in (encode_images, encode_captions))
@@ -169,47 +150,57 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", SIMILARITIES)
-def test_what_needs_local_alignments_says_so(name):
-    model = similarity(name)
-    if name in ALIGNING:
-        assert with_local_alignments(model) is model
-        return
-    with pytest.raises(InputError, match="--similarity lhsc, local or attended"):
-        with_local_alignments(model)
-
-
-@pytest.mark.parametrize("name", SIMILARITIES)
 def test_a_run_in_mixed_precision(tiny, name):
     """Its checkpoint is chosen by float32 scores, those that evaluation.py finds."""
     options = ["--num_epochs", 1, "--similarity", name, "--precision", "bf16"]
     succeeded(call(tiny, train.main, *SMALL, *options))
-    path = tiny / RUN / "model_best.pth.tar"
-    saved = load_checkpoint(path)
+    saved = load_checkpoint(tiny / RUN / "model_best.pth.tar")
     for test, option in (("dev", "--precision=fp32"), ("test", "--precision=bf16")):
         save = "--save_metrics", f"{test}.json"
         succeeded(call(tiny, evaluation.main, "--split", test, option, *save))
     assert json.loads((tiny / "dev.json").read_text())["rsum"] == pytest.approx(saved["best_rsum"])
-    header = json.loads(path.with_name("metrics.jsonl").read_text().splitlines()[0])
     model = model_from(saved)
     assert isinstance(model.similarity, SIMILARITIES[name])
-    assert header["parameters"] == sum(p.numel() for p in model.parameters())
+    assert log_of(tiny)[0]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
-# -- checkpoints ----------------------------------------------------------------------------------
+# -- the linear baseline, canonical correlation analysis -------------------------------------------
+
 
 @pytest.fixture
-def opt():
-    return SIZES | {
-        "vocab_size": 20, "num_layers": 1, "bi_gru": True, "graph_layers": 2, "text_layers": 2,
-        "drop_out": 0.0, "embed_dropout": 0.4, "pool_dropout": 0.4, "no_imgnorm": False,
-        "no_txtnorm": False,
-    }  # fmt: skip
+def fitted(tiny, monkeypatch):
+    """A CCA, and the pairs it is of: x (C, img_dim), y (C, V)."""
+    monkeypatch.setattr(cca, "BLOCK", 7)  # several, the last a smaller one
+    dataset, vocab = load_split(tiny, "train")
+    fitted = cca.CCA(dataset, len(vocab))
+    x = torch.stack([dataset[k][0].mean(0).double() for k in range(len(dataset))])
+    counts = [dataset.words(k).bincount(minlength=len(vocab)) for k in range(len(dataset))]
+    y = torch.stack(counts).double().log1p() * fitted.idf
+    return fitted, x, y / y.norm(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize("option, value", [("similarity", "sgr"), ("padding", "none")])
-def test_unknown_choices_in_a_checkpoint_are_refused(opt, option, value):
-    state = build_model("vse", **opt).state_dict()
-    opt = opt | {"similarity": "vse", "padding": "masked"}
-    model_from({"model": state, "opt": opt})
-    with pytest.raises(InputError, match=f"unknown .*{value}"):
-        model_from({"model": state, "opt": opt | {option: value}})
+def test_covariances_are_those_of_the_pairs(fitted):
+    fitted, x, y = fitted
+    covariance, n = torch.cov(torch.cat([x, y], 1).T, correction=0), x.shape[1]
+    assert_close(fitted.xx, covariance[:n, :n], rtol=0, atol=1e-7)
+    assert_close(fitted.xy, covariance[:n, n:], rtol=0, atol=1e-7)
+    assert_close(fitted.yy, covariance[n:, n:], rtol=0, atol=1e-7)
+
+
+def test_projections_are_uncorrelated_but_for_their_partner(fitted):
+    fitted, x, y = fitted
+    x_map, y_map = fitted.maps(1e-9)
+    found, k = torch.corrcoef(torch.cat([x @ x_map, y @ y_map], 1).T), x.shape[1]
+    assert_close(found[:k, :k], torch.eye(k).double(), rtol=0, atol=1e-4)
+    correlations = found[:k, k:].diagonal()
+    assert_close(found[:k, k:], correlations.diag(), rtol=0, atol=1e-4)
+    assert 0.8 < correlations[0] < 1 and (correlations.diff() <= 0).all()
+
+
+def test_the_command_tests_what_is_best_on_dev(tiny):
+    lines = succeeded(call(tiny, cca.main, "--data_name", "tiny", "--json", "cca.json"))
+    found = json.loads((tiny / "cca.json").read_text())
+    tried = [float(line.split()[-1]) for line in lines.splitlines() if "shrink" in line]
+    assert found["dev_rsum"] == pytest.approx(max(tried), abs=0.05)
+    low, high = found["bootstrap"]["rsum"]
+    assert 100 < low <= found["rsum"] <= high

@@ -37,10 +37,8 @@ def modules(node):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         return [node.module]
-    if isinstance(node, ast.Call):
-        name = getattr(node.func, "attr", getattr(node.func, "id", None))
-        if name == "import_extra" and isinstance(node.args[0], ast.Constant):
-            return [node.args[0].value]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_extra"):
+        return [x.value for x in node.args[:1] if isinstance(x, ast.Constant)]
     return []
 
 

@@ -5,13 +5,12 @@ import os
 
 import pytest
 import torch
-from conftest import write_split
+from conftest import load_split, write_split
 
 from baselines import SIMILARITIES, build_model
-from data import Batch, PrecompDataset
+from data import Batch
 from evaluation import evaluate
 from train import train_step
-from vocab import build_from_data
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 pytestmark = pytest.mark.device
@@ -24,12 +23,11 @@ def batch():
     return Batch(torch.randn(6, 36, 20), captions, lengths, torch.arange(6), torch.arange(6))
 
 
-def small_model(similarity):
+def small_model(similarity="lhsc", vocab_size=40):
     sizes = {"img_dim": 20, "embed_size": 32, "word_dim": 12, "sim_dim": 16}
-    model = build_model(similarity, vocab_size=40, embed_dropout=0, pool_dropout=0, **sizes)
-    with torch.no_grad():  # the graph layers start as the identity: make them count
-        for layer in model.image_encoder.graph.layers:
-            layer.bn.weight.uniform_(0.5, 1)
+    model = build_model(similarity, vocab_size=vocab_size, embed_dropout=0, pool_dropout=0, **sizes)
+    for layer in model.image_encoder.graph.layers:  # they start as the identity: make them count
+        torch.nn.init.uniform_(layer.bn.weight, 0.5, 1)
     return model.train()
 
 
@@ -50,7 +48,7 @@ def test_scores_and_gradients_are_those_of_double_precision(similarity, batch):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_training_lowers_the_loss(batch, dtype):
-    model = small_model("lhsc").to(DEVICE)
+    model = small_model().to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0, fused=True)
     losses = [
         train_step(model, optimizer, batch.to(DEVICE), max_violation=False, dtype=dtype)
@@ -61,11 +59,9 @@ def test_training_lowers_the_loss(batch, dtype):
 
 def test_evaluation_gives_the_metrics_of_the_cpu(tmp_path):
     for split in ("train", "dev", "test"):
-        write_split(tmp_path / "tiny", split, 20, num_regions=36, img_dim=20)
-    vocab = build_from_data(tmp_path, "tiny")
-    data = PrecompDataset(tmp_path, "tiny", "test", vocab)
-    sizes = {"img_dim": 20, "embed_size": 32, "word_dim": 12, "sim_dim": 16}
-    model = build_model(vocab_size=len(vocab), **sizes).eval()
+        write_split(tmp_path / "data/tiny", split, 20, num_regions=36, img_dim=20)
+    data, vocab = load_split(tmp_path, "test")
+    model = small_model(vocab_size=len(vocab)).eval()
     _, expected = evaluate([model], data, torch.device("cpu"))
     metrics, sims = evaluate([model.to(DEVICE)], data, DEVICE)
     assert abs(sims - expected).max() < 1e-5

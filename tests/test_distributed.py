@@ -14,24 +14,14 @@ import numpy as np
 import pytest
 import steps
 import torch
-from conftest import (
-    GOLDENS,
-    ROOT,
-    RUN,
-    SMALL,
-    at_step,
-    call,
-    refused,
-    succeeded,
-    write_split,
-    write_tiny,
-)
+from conftest import ROOT, RUN, SMALL, at_step, call, log_of, refuses, succeeded, write_split
 
 import distributed
 import run
 import train
 from checkpoint import load_checkpoint, load_latest
 from data import ShuffledBatches
+from metrics import mean_metrics, retrieval_metrics
 from vocab import Vocabulary
 
 pytestmark = pytest.mark.slow
@@ -46,17 +36,14 @@ def torchrun(folder, n, script, *arguments):
     )  # fmt: skip
 
 
-# -- steps and evaluations ------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def alone(trained, tmp_path_factory):
     """A folder with a trained model, data for it and for an official one, and what one makes."""
     folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("alone") / "copy")
     write_split(folder / "data" / "f30k_precomp", "test", 45, num_regions=36, img_dim=48)
-    vocab_size = load_checkpoint(GOLDENS / "legacy_py2_a.pth.tar")["opt"]["vocab_size"]
+    official = load_checkpoint(ROOT / "tests/goldens/legacy_py2_a.pth.tar")["opt"]
     words = ["<pad>", "<start>", "<end>", "<unk>", "red", "dog", "green", "there", "look"]
-    words += (f"w{k}" for k in range(vocab_size - len(words)))
+    words += (f"w{k}" for k in range(official["vocab_size"] - len(words)))
     Vocabulary(words).save(folder / "vocab" / "f30k_precomp_vocab.json")
     (folder / "by1").mkdir()
     assert succeeded(call(folder, steps.main, "by1")).count("rsum") == 4
@@ -65,8 +52,9 @@ def alone(trained, tmp_path_factory):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_steps_and_evaluations_are_those_of_one_process(alone, n):
-    """Batches of 8, 7 and 5; every similarity. Metrics are the same to the last digit.
+    """Batches of 8, 7 and 5; every similarity. The scores are the same to 1e-6.
 
+    Metrics are those of the scores: where two are nearer than that, a rank may be another.
     Two end well. Of three the first dies at the end, and the others say so in one line.
     """
     (alone / f"by{n}").mkdir()
@@ -85,21 +73,26 @@ def test_steps_and_evaluations_are_those_of_one_process(alone, n):
         assert_same_steps(one["torch.float32"][name], many["torch.float32"][name], tolerance)
     assert_close_steps(one["bf16"]["lhsc"], many["bf16"]["lhsc"])
     for name in steps.EVALUATIONS:
-        texts = [(alone / f"by{k}/{name}.json").read_text() for k in (1, n)]
-        assert texts[0] == texts[1]
         a, b = (np.load(alone / f"by{k}/{name}.npy") for k in (1, n))
         assert np.abs(a - b).max() < 1e-6
+        owner = np.arange(b.shape[1]) // (b.shape[1] // len(b))
+        size, width = (len(b) // 5, b.shape[1] // 5) if name == "fold5" else b.shape
+        folds = [
+            retrieval_metrics(b[k * size :][:size, k * width :][:, :width], owner[:width])
+            for k in range(len(b) // size)
+        ]
+        expected = mean_metrics(folds) if name == "fold5" else folds[0]
+        found = json.loads((alone / f"by{n}/{name}.json").read_text())
+        assert {key: found[key] for key in expected} == expected
 
 
 def assert_same_steps(one, many, tolerance):
     assert many["loss"] == pytest.approx(one["loss"], rel=tolerance)
-    for ours, theirs in zip(many["grad"], one["grad"], strict=True):
-        for name, grad in theirs.items():
-            scale = max(float(grad.abs().max()), 1)
-            assert (ours[name] - grad).abs().max() <= 10 * tolerance * scale, name
-    for name, value in one["state"].items():
-        scale = max(float(value.abs().max()), 1)
-        assert (many["state"][name] - value).abs().max() <= tolerance * scale, name
+    grads = [(*pair, 10 * tolerance) for pair in zip(one["grad"], many["grad"], strict=True)]
+    for expected, found, limit in [*grads, (one["state"], many["state"], tolerance)]:
+        for name, value in expected.items():
+            scale = max(float(value.abs().max()), 1)
+            assert (found[name] - value).abs().max() <= limit * scale, name
 
 
 def assert_close_steps(one, many):
@@ -127,20 +120,12 @@ def test_shares_are_the_whole_batch_once(monkeypatch):
         assert lengths[batch].tolist() == sorted(lengths[batch].tolist(), reverse=True)
 
 
-# -- a run, and its ends --------------------------------------------------------------------------
-
-
-def log_of(folder):
-    found = map(json.loads, (folder / RUN / "metrics.jsonl").read_text().splitlines())
-    return [line for line in found if line["type"] in ("train", "dev")]
-
-
-def test_a_run_by_one_then_two_then_one_is_that_of_one(tmp_path, monkeypatch):
+def test_a_run_by_one_then_two_then_one_is_that_of_one(tiny, tmp_path_factory, monkeypatch):
     """Stopped by a signal, continued by two, stopped by a signal to one of them, and continued."""
     options = [*SMALL, "--embed_dropout", "0", "--pool_dropout", "0", "--warmup_epochs", "4",
                "--log_step", "1", "--save_step", "7", "--num_epochs", "4"]  # fmt: skip
-    whole, folder = write_tiny(tmp_path / "whole"), write_tiny(tmp_path / "parts")
-    succeeded(call(whole, train.main, *options))
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("parts") / "copy")
+    succeeded(call(tiny, train.main, *options))
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert call(folder, train.main, *options).returncode == 130
@@ -159,11 +144,11 @@ def test_a_run_by_one_then_two_then_one_is_that_of_one(tmp_path, monkeypatch):
 
     output = succeeded(call(folder, train.main, "--resume"))
     assert "saved by 2 processes, continued with 1" in output
-    for a, b in zip(log_of(folder), log_of(whole), strict=True):
+    for a, b in zip(*(log_of(path, "train", "dev") for path in (folder, tiny)), strict=True):
         assert (a["type"], a["step"]) == (b["type"], b["step"])
         if a["type"] == "train":
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-    names = [{file.name for file in (part / RUN).iterdir()} for part in (whole, folder)]
+    names = [{file.name for file in (path / RUN).iterdir()} for path in (tiny, folder)]
     assert names[0] == names[1]
     assert len(list((folder / "runs/LHSC/log").iterdir())) == 3  # one of two wrote
 
@@ -177,9 +162,8 @@ def test_a_mistake_is_told_once(tmp_path):
 
 def test_more_processes_than_examples_in_a_batch_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    result = call(tiny, train.main, *SMALL, "--batch_size", 2)
-    refused(result, "--batch_size 2: fewer examples than processes")
-    assert not (tiny / "runs").exists()
+    words = ["--batch_size 2: fewer examples than processes"]
+    refuses(tiny, train.main, *SMALL, "--batch_size", 2, words=words)
 
 
 def test_a_signal_that_comes_while_the_others_are_asked_is_not_lost(monkeypatch):

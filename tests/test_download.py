@@ -96,9 +96,6 @@ def fetched(source, monkeypatch):
     return fetched
 
 
-# -- sources --------------------------------------------------------------------------------------
-
-
 def test_kaggle_fetches_what_is_missing_and_nothing_twice(source, fetched, monkeypatch):
     monkeypatch.delenv("KAGGLEHUB_CACHE")  # files arrive beside the data set instead
     printed = succeeded(run("--splits", "dev", "test"))
@@ -116,11 +113,10 @@ def test_kaggle_fetches_what_is_missing_and_nothing_twice(source, fetched, monke
 
 def test_gdrive_fetches_what_is_missing(source, monkeypatch):
     gdown = pytest.importorskip("gdown")
-    listed = [SimpleNamespace(id=f"id{i}", path=path) for i, path in enumerate(source)]
-    paths = {file.id: Path(file.path) for file in listed}
+    listed = [SimpleNamespace(id=path, path=path) for path in source]
 
     def download(id, output, **options):
-        return str(write(Path(output, paths[id].name), source[paths[id].as_posix()]))
+        return str(write(Path(output, Path(id).name), source[id]))
 
     monkeypatch.setattr(gdown, "download_folder", Mock(return_value=listed))
     monkeypatch.setattr(gdown, "download", download)
@@ -173,9 +169,6 @@ def test_archives_write_where_they_should_or_are_refused(source, tmp_path, kind)
     succeeded(run("--archive", pack(source | outside, archive)))
     assert files_in(".") == source | {name: outside.popitem()[1]}
     assert {path.name for path in tmp_path.iterdir()} == {"source", "here", archive.name}
-
-
-# -- checks ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file, content, words", [

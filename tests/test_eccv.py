@@ -8,7 +8,7 @@ from pathlib import Path
 import eval_eccv
 import numpy as np
 import pytest
-from conftest import call, refused, succeeded
+from conftest import call, refuses, succeeded
 
 from metrics import retrieval_metrics
 from utils import InputError
@@ -16,6 +16,7 @@ from utils import InputError
 pytest.importorskip("eccv_caption")
 N = 20  # images of the small benchmark
 IMAGES, CAPTIONS = [*range(700, 700 + N)], [*range(1000, 1000 + 5 * N)]
+COMMAND = (".", eval_eccv.main, "sims.npy", "--data_path", ".", "--data_name", ".")
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +43,6 @@ def random_scores(levels):
     scores = np.random.default_rng(0).random((N, 5 * N))
     scores[np.arange(5 * N) // 5, np.arange(5 * N)] += 0.25
     return np.round(scores * levels).astype(np.float32)
-
-
-# -- metrics --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [1, 0, -1])
@@ -94,9 +92,6 @@ def test_ties_count_against_the_model_and_no_more_than_ties(score):
     assert {*ranked[10:12]} == {0, 5} and ranked[12] not in {*range(12), 25}
 
 
-# -- the command, on the small benchmark ----------------------------------------------------------
-
-
 def text_of(caption):
     return f"It's caption {caption}, a  Déjà-vu."
 
@@ -123,15 +118,11 @@ def folder(small, tmp_path, monkeypatch):
     Path("karpathy.json").write_text(json.dumps({"images": karpathy}))
 
 
-def run(*arguments):
-    return call(".", eval_eccv.main, "sims.npy", "--data_path", ".", "--data_name", ".", *arguments)
-
-
 @pytest.mark.parametrize("annotations", ["coco.json", "karpathy.json"])
 def test_captions_are_found_by_their_texts(small, folder, annotations):
     """In any order of images and of an image's captions, raw or as tokens."""
     expected = eval_eccv.evaluate(random_scores(20), IMAGES, CAPTIONS, small)
-    table = succeeded(run("--annotations", annotations, "--json", "straight.json"))
+    table = succeeded(call(*COMMAND, "--annotations", annotations, "--json", "straight.json"))
     assert json.loads(Path("straight.json").read_text()) == expected
     shares = [f"{share:.1f}" for share in expected["eccv_map_at_r"].values()]
     assert table.splitlines()[1].split() == ["eccv_map_at_r", *shares]
@@ -139,7 +130,7 @@ def test_captions_are_found_by_their_texts(small, folder, annotations):
     columns = (5 * rows[:, None] + [3, 0, 4, 1, 2]).ravel()
     sims = random_scores(20)[np.ix_(rows, columns)]
     write_data(sims, rows + IMAGES[0], columns + CAPTIONS[0], tokens_of)
-    succeeded(run("--annotations", annotations, "--json", "shuffled.json"))
+    succeeded(call(*COMMAND, "--annotations", annotations, "--json", "shuffled.json"))
     assert json.loads(Path("shuffled.json").read_text()) == expected
 
 
@@ -154,23 +145,21 @@ def test_twins_are_told_apart(tmp_path):
 @pytest.mark.parametrize("name, content, words", [
     ("sims.npy", None, []),
     ("sims.npy", np.zeros((10, 50)), ["(10, 50), expected (20, 100)"]),
-    ("testall_ids.txt", "0\n701\n", ["has 1 of the 20 images"]),
-    ("testall_caps.txt", "a\n" * 100, ["line 1: 'a'", "of image 700"]),
-    ("testall_caps.txt", "a\n", ["1 captions of 20 images"]),
-    ("coco.json", "{", ["not COCO's or Karpathy's captions: JSONDecodeError"]),
-    ("coco.json", '{"info": 1}', ["KeyError: 'images'"]),
-    ("coco.json", '{"annotations": [{"image": 1}]}', ["KeyError: 'id'"]),
+    ("testall_ids.txt", b"0\n701\n", ["has 1 of the 20 images"]),
+    ("testall_caps.txt", b"a\n" * 100, ["line 1: 'a'", "of image 700"]),
+    ("testall_caps.txt", b"a\n", ["1 captions of 20 images"]),
+    ("coco.json", b"{", ["not COCO's or Karpathy's captions: JSONDecodeError"]),
+    ("coco.json", b'{"info": 1}', ["KeyError: 'images'"]),
+    ("coco.json", b'{"annotations": [{"image": 1}]}', ["KeyError: 'id'"]),
     ("coco.json", b'{"many": "captions", "\xff": 1}', ["UnicodeDecodeError: 'utf-8' codec"]),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line_and_writes_nothing(folder, name, content, words):
     Path(name).unlink()
-    if isinstance(content, str | bytes):
-        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    elif content is not None:
+    if isinstance(content, np.ndarray):
         np.save(name, content)
-    before = sorted(Path().iterdir())
-    refused(run("--annotations", "coco.json", "--json", "eccv.json"), name, *words)
-    assert sorted(Path().iterdir()) == before
+    elif content is not None:
+        Path(name).write_bytes(content)
+    refuses(*COMMAND, "--annotations", "coco.json", "--json", "eccv.json", words=[name, *words])
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch):

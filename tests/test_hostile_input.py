@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call, refused, write_split
+from conftest import call, contents, refused, write_split
 
 import evaluation
 import train
@@ -45,10 +45,6 @@ def place(tmp_path):
     return tmp_path
 
 
-def contents(folder):
-    return {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
-
-
 def attempt(folder, main, *arguments):
     """Run a command; what it prints, or None if it refused. The folder stays as it is."""
     before = contents(folder)
@@ -64,9 +60,6 @@ def attempt(folder, main, *arguments):
 def evaluate(folder, *arguments):
     usual = ["--model_path", MODEL, "--device", "cpu", "--matmul", "default"]
     return attempt(folder, evaluation.main, *usual, *arguments)
-
-
-# -- files, broken at random ----------------------------------------------------------------------
 
 
 def broken(content, rng):
@@ -94,9 +87,6 @@ def test_broken_files_are_refused_or_read_rightly(place, name):
             # A checkpoint has checksums, and the ids do not matter here.
             assert printed == expected or name not in (MODEL, IDS)
     assert read < 60
-
-
-# -- files, made wrong ----------------------------------------------------------------------------
 
 
 class Trojan:
@@ -144,6 +134,8 @@ def wrong_models(raw):
             yield stored(raw | {"opt": opt | {name: wrong}})
         if name in OPTIONS:
             yield stored(raw | {"opt": {x: opt[x] for x in opt if x != name}})
+    for change in ({"similarity": "sgr"}, {"padding": "none"}):
+        yield stored(raw | {"opt": opt | change})
 
 
 def test_wrong_models_are_refused_and_never_run(place):
@@ -151,8 +143,6 @@ def test_wrong_models_are_refused_and_never_run(place):
         (place / MODEL).write_bytes(content)
         assert evaluate(place) is None
 
-
-# -- options --------------------------------------------------------------------------------------
 
 BAD_TRAINING = {
     "num_epochs batch_size embed_size sim_dim word_dim num_layers log_step val_step save_step keep "
@@ -169,6 +159,7 @@ BAD_EVALUATION = {
     "model_path": ["nowhere", "data", "", VOCAB], "split": ["train", "", "testall"],
     "data_name": ["nothing"], "data_path": ["nowhere"], "vocab_path": ["nowhere", "data"],
     "device": ["tpu"], "precision": ["fp8"], "fold5": ["yes"], "bootstrap": ["-1", "x"],
+    "qb_norm": ["-1", "x"],
     "save_sims": ["no/where.npy", "data", "x" * 300], "save_metrics": ["no/where.json", ".", ""],
     "unknown": ["1"],
 }  # fmt: skip

@@ -11,6 +11,7 @@ from metrics import (
     image_hits,
     mean_metrics,
     paired_bootstrap,
+    qb_norm,
     recalls_of,
     resampled,
     retrieval_metrics,
@@ -184,3 +185,35 @@ def test_two_models_are_compared_on_the_same_images():
 def test_nonsense_is_refused(folds, n):
     with pytest.raises(ValueError):
         resampled(folds, n, 0)
+
+
+# -- querybank normalisation ----------------------------------------------------------------------
+
+
+def test_qb_norm_ranks_as_the_inverted_softmax_and_leaves_other_queries_alone():
+    """Bogolin et al.: S exp(β s) / Σ_b exp(β bank), where the best answer is a bank query's too."""
+    rng = np.random.default_rng(0)
+    sims, bank, beta = rng.normal(size=(30, 40)), rng.normal(size=(20, 40)), 3.0
+    softmax = np.exp(beta * sims) / np.exp(beta * bank).sum(axis=0)
+    best_of_bank = set(bank.argmax(axis=1))
+    found = qb_norm(sims, bank, beta)
+    changed = [k for k in range(30) if sims[k].argmax() in best_of_bank]
+    assert 5 < len(changed) < 25
+    for k in range(30):
+        expected = softmax[k] if k in changed else sims[k]
+        np.testing.assert_array_equal(found[k].argsort(), expected.argsort())
+    large = qb_norm(sims + 5000, bank + 5000, beta)  # no overflow
+    np.testing.assert_array_equal(large.argsort(), found.argsort())
+
+
+def test_qb_norm_takes_the_hubs_away():
+    """One image is near all captions; what the bank's captions know of it mends the recall."""
+    sims, owner = random_scores(40)
+    sims[7] += 3
+    bank = np.random.default_rng(1).normal(size=(300, 40))
+    bank[:, 7] += 3
+    before = retrieval_metrics(sims, owner)
+    after = retrieval_metrics(sims, owner, qb_norm(sims.T, bank, 2.0).T)
+    assert after["t2i"]["r1"] > before["t2i"]["r1"] + 10 and after["i2t"] == before["i2t"]
+    hits = image_hits(sims, owner, qb_norm(sims.T, bank, 2.0).T)
+    assert rsum_of([hits]) == pytest.approx(after["rsum"])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from helpers import grads_of, state_of
-from reference import OfficialLHSC, hinge_loss
+from reference import OfficialLHSC, hinge_loss, score_loop
 from torch.testing import assert_close
 
+import evaluation
 from attention import caption_index_of, l2norm, safe_sqrt, segment_softmax
-from graph_layers import GraphLayer, RegionGraph
-from model import LHSC, contrastive_loss, triplet_loss
+from evaluation import score
+from model import LHSC, EncodedCaptions, EncodedImages, contrastive_loss, triplet_loss
 
 SIZES = {"img_dim": 9, "embed_size": 8, "sim_dim": 5, "word_dim": 7, "vocab_size": 20}
 NO_DROPOUT = {"embed_dropout": 0.0, "pool_dropout": 0.0}
@@ -16,10 +17,8 @@ NO_DROPOUT = {"embed_dropout": 0.0, "pool_dropout": 0.0}
 
 def pair(num_regions=6, padding="masked"):
     """The same random double-precision weights in the official loop and in our model."""
-    official = OfficialLHSC(
-        **SIZES, num_regions=num_regions, embed_dropout=0.0, pooling_dropout=0.0,
-        masked=padding == "masked",
-    )  # fmt: skip
+    none = {"embed_dropout": 0.0, "pooling_dropout": 0.0}
+    official = OfficialLHSC(**SIZES, **none, num_regions=num_regions, masked=padding == "masked")
     for parameter in official.parameters():  # also what starts at zero
         torch.nn.init.uniform_(parameter, -0.6, 0.6)
     model = LHSC(**SIZES, num_regions=num_regions, padding=padding, **NO_DROPOUT)
@@ -63,10 +62,8 @@ def test_a_caption_depends_on_its_neighbours_only_with_the_official_padding(padd
     with torch.no_grad():
         difference = model.eval()(*alone) - model(images, captions, lengths)[:, 1:2]
         assert_close(model(*alone), official.eval()(*alone), rtol=1e-11, atol=1e-12)
-    if padding == "masked":
-        assert difference.abs().max() < 1e-12
-    else:
-        assert difference.abs().max() > 1e-4
+    largest = difference.abs().max()
+    assert largest < 1e-12 if padding == "masked" else largest > 1e-4
 
 
 def test_the_pad_embedding_is_trained_only_with_the_official_padding():
@@ -103,12 +100,6 @@ def test_any_number_of_layers_and_regions(layers, normalised):
         assert torch.allclose(norm, torch.ones_like(norm)) == normalised
 
 
-def test_a_graph_layer_starts_as_the_identity():
-    regions = torch.randn(3, 6, 8)
-    for layer in (GraphLayer(8), RegionGraph(8, 4)):
-        assert torch.equal(layer(regions), regions)
-
-
 def test_a_fresh_model_has_the_official_initial_values_and_dropout():
     sizes = {"img_dim": 64, "embed_size": 48, "sim_dim": 64, "word_dim": 30, "vocab_size": 500}
     model, official = LHSC(**sizes), OfficialLHSC(**sizes)
@@ -125,9 +116,6 @@ def test_a_fresh_model_has_the_official_initial_values_and_dropout():
         for part in (model.text_encoder, official.txt_enc, model.similarity, official.sim_enc)
     ]
     assert rates == [[0.0, 0.4], [0.0, 0.4], [0.4], [0.4]]
-
-
-# -- the small functions --------------------------------------------------------------------------
 
 
 def test_l2norm_adds_eps_to_the_length_and_has_gradient_0_at_0():
@@ -183,3 +171,82 @@ def test_the_contrastive_loss_is_cross_entropy_over_other_images():
         for scores in (sims[i, [i, *wrong]], sims[[i, *wrong], i]):
             expected -= (scores / 0.1).log_softmax(0)[0]
     assert_close(contrastive_loss(sims, torch.tensor(images), 0.1), expected)
+
+
+# -- scoring for inference -------------------------------------------------------------------------
+
+WIDE = {"vocab_size": 20, "img_dim": 9, "embed_size": 96, "sim_dim": 32, "word_dim": 7}
+LENGTHS = torch.tensor([2, 9, 40, 3, 3, 17, 81, 5, 12, 2, 30])
+
+
+@pytest.fixture(scope="module")
+def official():
+    """Random weights that tell images and captions apart, and statistics as after training."""
+    torch.manual_seed(1)
+    official = OfficialLHSC(**WIDE).eval()
+    for name, tensor in official.state_dict().items():
+        if tensor.dtype == torch.float32 and ("running" in name or "bias" in name):
+            tensor.uniform_(0.2, 0.6)
+    for fc in (official.sim_enc.sim_tranloc_w, official.sim_enc.sim_tranglo_w):
+        fc.weight.data *= 50
+    official.sim_enc.sim_eval_w.weight.data *= 3
+    return official
+
+
+@pytest.fixture
+def model(official):
+    model = LHSC(**WIDE).eval()
+    model.load_state_dict(state_of(official))
+    return model
+
+
+@pytest.fixture
+def encoded(model):
+    """Seven images, eleven captions; a region and some words are zero.
+
+    Regions and words share a direction, as they do in a trained model.
+    """
+    common = torch.randn(96)
+    regions = l2norm(torch.randn(7, 36, 96) + common)
+    words = l2norm(torch.randn(int(LENGTHS.sum()), 96) + common)
+    regions[2, 5] = words[5:9] = 0
+    similarity = model.similarity
+    with torch.no_grad():
+        images = EncodedImages(regions, similarity.image_global(regions))
+        return images, EncodedCaptions(words, similarity.caption_global(words, LENGTHS), LENGTHS)
+
+
+@pytest.mark.parametrize("chunk", [(16, 512), (1, 1), (3, 50), (99, 9999)])
+def test_scoring_is_the_official_loop_in_any_chunks(official, model, encoded, chunk, monkeypatch):
+    monkeypatch.setitem(evaluation.SCORE_CHUNK, "cpu", chunk)
+    images, captions = encoded
+    words = captions.word_emb.split(LENGTHS.tolist())
+    words = torch.nn.utils.rnn.pad_sequence(list(words), batch_first=True)
+    with torch.no_grad():
+        expected = score_loop(official.sim_enc, images.region_emb, words, LENGTHS)
+    sims = score(model, images, captions)
+    assert_close(torch.from_numpy(sims), expected, rtol=0, atol=1e-6)
+    assert expected.std() > 1e-2  # or the comparison says nothing
+
+
+def test_products_in_bfloat16_stay_close(model, encoded):
+    """Eight bits of mantissa: scores move by less than a tenth of their spread."""
+    exact, rounded = score(model, *encoded), score(model, *encoded, torch.bfloat16)
+    assert exact.dtype == rounded.dtype == "float32"
+    assert 0 < abs(exact - rounded).max() < 0.1 * exact.std()
+
+
+def test_memory_is_that_of_one_chunk(model, encoded, monkeypatch):
+    """No more images and words than allowed are scored at once, unless a caption is longer."""
+    monkeypatch.setitem(evaluation.SCORE_CHUNK, "cpu", (3, 50))
+    sizes, scored = [], model.similarity.score
+
+    def noted(images, captions, dtype):
+        sizes.append((len(images.region_emb), len(captions.word_emb)))
+        assert len(captions.word_emb) <= 50 or len(captions.lengths) == 1
+        return scored(images, captions, dtype)
+
+    monkeypatch.setattr(model.similarity, "score", noted)
+    score(model, *encoded)
+    assert max(n_images for n_images, _ in sizes) == 3
+    assert sum(n_images * n_words for n_images, n_words in sizes) == 7 * LENGTHS.sum()

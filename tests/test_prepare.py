@@ -13,7 +13,7 @@ import convert_bottom_up
 import numpy as np
 import prepare_captions
 import pytest
-from conftest import call, refused, succeeded
+from conftest import call, contents, refuses, succeeded
 from prepare_captions import image_key
 
 from data import PrecompDataset, read_boxes
@@ -21,31 +21,23 @@ from vocab import build_vocab
 
 REGIONS, WIDTH = 4, 6
 OUT = Path("data/mine")
+PREPARE = (".", prepare_captions.main, "--data_name", "mine")
+SIZES = ("--num_regions", REGIONS, "--img_dim", WIDTH)
+CONVERT = (".", convert_bottom_up.main, "--data_name", "mine", *SIZES)
 
 
 @pytest.fixture(autouse=True)
 def in_its_own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    OUT.mkdir(parents=True)
 
 
 def prepare(*arguments):
-    return call(".", prepare_captions.main, "--data_name", "mine", *arguments)
+    return succeeded(call(*PREPARE, *arguments))
 
 
 def convert(*arguments):
-    sizes = ("--num_regions", REGIONS, "--img_dim", WIDTH)
-    return call(".", convert_bottom_up.main, "--data_name", "mine", *sizes, *arguments)
-
-
-def fails(work, *arguments, words):
-    """Ends in one line that says all of `words`, and leaves every file as it was."""
-    before = files()
-    refused(work(*arguments), *words)
-    assert files() == before
-
-
-def files():
-    return {str(file): file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    return succeeded(call(*CONVERT, *arguments))
 
 
 def read(path):
@@ -58,9 +50,6 @@ def write(path, content):
     is_json = isinstance(content, dict)
     Path(path).write_text(json.dumps(content) if is_json else "".join(f"{x}\n" for x in content))
     return path
-
-
-# -- captions -------------------------------------------------------------------------------------
 
 
 def captions_of(images):
@@ -108,21 +97,21 @@ def test_all_spellings_of_an_image_have_one_key():
 
 def test_restval_joins_train_and_test_is_the_first_1000_of_testall():
     splits = ["test", "restval", "train", "val", *["test"] * 1004]
-    succeeded(prepare(write("coco.json", karpathy(splits, cocoid=True))))
+    prepare(write("coco.json", karpathy(splits, cocoid=True)))
     assert read(OUT / "train_ids.txt") == ["501", "502"]
     testall = read(OUT / "testall_ids.txt")
     assert len(testall) == 1005 and testall[1] == "504"
     assert read(OUT / "test_ids.txt") == testall[:1000]
     assert read(OUT / "test_caps.txt") == read(OUT / "testall_caps.txt")[:5000]
     order = write("order.txt", ["1507"])  # the last of testall may be chosen for test
-    succeeded(prepare("coco.json", "--split", "test", "--order", order, "--data_path", "b"))
+    prepare("coco.json", "--split", "test", "--order", order, "--data_path", "b")
     assert read("b/mine/test_caps.txt") == captions_of([1007])
 
 
 def test_captions_are_cut_to_one_line_and_to_five():
     raws = [" A dog\nand a cat.\n", "a\tb\r\n  c", "naïve café – 日本 😀", "x\u2028y\x85z\x0bw",
             "  \n ", "the fifth that is not empty", "too many"]  # fmt: skip
-    succeeded(prepare(write("k.json", karpathy(["test"], captions=raws))))
+    prepare(write("k.json", karpathy(["test"], captions=raws)))
     cleaned = ["A dog and a cat.", "a b c", "naïve café – 日本 😀", "x y z w", raws[5]]
     assert read(OUT / "test_caps.txt") == cleaned
 
@@ -131,26 +120,26 @@ def test_captions_are_cut_to_one_line_and_to_five():
 def test_an_order_is_kept_as_it_stands(flickr, repeat):
     """Ids of another spelling, also once a caption, in the folder of the features."""
     order = write(OUT / "train_ids.txt", np.repeat(["1006", "images/1000.jpg"], repeat))
-    before = files()
-    succeeded(prepare(flickr, "--split", "train", "--order", order))
+    before = contents(".")
+    prepare(flickr, "--split", "train", "--order", order)
     assert read(OUT / "train_caps.txt") == captions_of([6, 0])
-    assert files().items() >= before.items()
+    assert contents(".").items() >= before.items()
     order = write("order.txt", ["1005", "1000"])  # a split of another name takes any image
-    succeeded(prepare(flickr, "--split", "some", "--order", order))
+    prepare(flickr, "--split", "some", "--order", order)
     assert read(OUT / "some_ids.txt") == ["1005", "1000"]
 
 
 def test_both_sources_give_the_same():
     """Karpathy's sentences are COCO's annotations in the order of their numbers."""
-    succeeded(prepare(write("k.json", karpathy(["val"] * 4, cocoid=True))))
+    prepare(write("k.json", karpathy(["val"] * 4, cocoid=True)))
     write("a.json", coco([2, 1]))
     write("b.json", coco([0, 3, 4]))
     order = ("--split", "dev", "--order", OUT / "dev_ids.txt")
-    succeeded(prepare("--coco", "a.json", "b.json", *order, "--data_path", "own"))
+    prepare("--coco", "a.json", "b.json", *order, "--data_path", "own")
     for name in ("dev_caps.txt", "dev_ids.txt"):
         assert Path("own/mine", name).read_bytes() == (OUT / name).read_bytes()
-    arguments = ("--coco", "a.json", "a.json", *order)
-    fails(prepare, *arguments, words=["2 images are there twice: 502, 501"])
+    words = ["2 images are there twice: 502, 501"]
+    refuses(*PREPARE, "--coco", "a.json", "a.json", *order, words=words)
 
 
 ORDERED = ("flickr.json", "--split", "dev", "--order", "order.txt")
@@ -177,7 +166,7 @@ FROM_COCO = ("--coco", "coco.json", "--split", "dev", "--order", "order.txt")
 def test_captions_that_cannot_be_written_are_refused(flickr, given, arguments, words):
     for path, content in given.items():
         write(path, content)
-    fails(prepare, *arguments, words=words)
+    refuses(*PREPARE, *arguments, words=words)
 
 
 # -- bottom-up TSV files --------------------------------------------------------------------------
@@ -224,7 +213,7 @@ def test_rows_are_put_in_the_order_of_the_ids(dtype, wrapped):
         values |= {name: wrapped.format(values[name]) for name in ("boxes", "features")}
     ids = write("ids.txt", ["COCO_val2014_000000391895.jpg", "0005"])
     tsv = write_tsv("a.tsv", rows)
-    succeeded(convert(tsv, "--split", "dev", "--ids", ids, "--dtype", dtype))
+    convert(tsv, "--split", "dev", "--ids", ids, "--dtype", dtype)
     regions = np.load(OUT / "dev_ims.npy")
     boxes = read_boxes(OUT / "dev_boxes.npy", 2, REGIONS)
     assert regions.dtype == dtype and regions.flags.c_contiguous and boxes.dtype == np.float32
@@ -241,7 +230,7 @@ def test_files_of_three_kinds_one_after_the_other(ids):
     with zipfile.ZipFile("c.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in (("t/1.tsv", rows[2]), ("t/README", b"no rows"), ("t/2.tsv", rows[3])):
             archive.writestr(name, text)
-    succeeded(convert("a.tsv", "b.tsv.gz", "c.zip", *ids))
+    convert("a.tsv", "b.tsv.gz", "c.zip", *ids)
     assert np.array_equal(np.load(OUT / "test_ims.npy"), [features_of(i) for i in range(4)])
 
 
@@ -258,14 +247,14 @@ def test_files_of_three_kinds_one_after_the_other(ids):
 ])  # fmt: skip
 def test_rows_that_are_wrong_are_refused(ids, changes, words):
     arguments = (write_tsv("a.tsv", [row(1), row(2, **changes), row(3)]), "--dtype", "float16")
-    fails(convert, *arguments, *ids, words=["a.tsv, line 2", *words])
+    refuses(*CONVERT, *arguments, *ids, words=["a.tsv, line 2", *words])
 
 
 def test_missing_and_double_images_are_named():
     tsv = write_tsv("a.tsv", [row(i) for i in (1, 2, 2, 3)])
     ids = write("ids.txt", [1, 3, *range(50, 60)])
-    fails(convert, tsv, "--ids", ids, words=["10 of 12", "none of", "50, 51, 52, …"])
-    fails(convert, tsv, "--ids", write("ids.txt", [2, 1]), words=["1 of 2", "twice: 2"])
+    refuses(*CONVERT, tsv, "--ids", ids, words=["10 of 12", "none of", "50, 51, 52, …"])
+    refuses(*CONVERT, tsv, "--ids", write("ids.txt", [2, 1]), words=["1 of 2", "twice: 2"])
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz", "a.zip"])
@@ -279,9 +268,9 @@ def test_a_file_cut_anywhere_or_of_something_else_is_refused(ids, name):
     cut = (whole[:size] for size in range(0, len(whole) - 2, 41))  # it ends with CR LF
     for content in (*cut, b"\r\n\r\n", bytes(range(256)), b"no row\n"):
         Path(name).write_bytes(content)
-        fails(convert, name, *ids, words=())
+        refuses(*CONVERT, name, *ids)
     Path(name).write_bytes(whole)
-    succeeded(convert(name, *ids))
+    convert(name, *ids)
 
 
 def test_memory_holds_a_row_not_the_file(monkeypatch):
@@ -289,7 +278,7 @@ def test_memory_holds_a_row_not_the_file(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "WIDTH", 8192)
     write_tsv("a.tsv", (row(1, image_id=str(image)) for image in range(115)))
     tracemalloc.start()
-    succeeded(convert("a.tsv", "--ids", write("ids.txt", range(115))))
+    convert("a.tsv", "--ids", write("ids.txt", range(115)), "--img_dim", WIDTH)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6 and (OUT / "test_ims.npy").stat().st_size > 15e6
@@ -300,24 +289,21 @@ def test_what_is_in_the_way_is_said_before_the_work(ids, monkeypatch):
     write("bad.tsv", ["no row"])
     with monkeypatch.context() as patch:
         patch.setattr(convert_bottom_up.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-        fails(convert, "bad.tsv", *ids, words=["GB needed"])
+        refuses(*CONVERT, "bad.tsv", *ids, words=["GB needed"])
     write(OUT / "test_ids.txt", [2, 1])
-    fails(convert, "bad.tsv", *ids, words=["test_ids.txt", "another order", "--ids"])
+    refuses(*CONVERT, "bad.tsv", *ids, words=["test_ids.txt", "another order", "--ids"])
     write(OUT / "test_boxes.npy", "x")
-    fails(convert, "bad.tsv", *ids, words=["test_boxes.npy: exists already"])
-
-
-# -- both together --------------------------------------------------------------------------------
+    refuses(*CONVERT, "bad.tsv", *ids, words=["test_boxes.npy: exists already"])
 
 
 def test_each_caption_gets_its_image():
     """Captions, then regions from a TSV in another order, then the data set training reads."""
     splits = ["val", "test", "restval", "val", "train", "test", "val"]
-    succeeded(prepare(write("coco.json", karpathy(splits, cocoid=True))))
+    prepare(write("coco.json", karpathy(splits, cocoid=True)))
     tsv = write_tsv("a.tsv", [row(500 + n) for n in (6, 2, 0, 5, 4, 3, 1)])
     vocab = build_vocab(captions_of(range(7)), threshold=1)
     for split, numbers in {"train": [2, 4], "dev": [0, 3, 6], "test": [1, 5]}.items():
-        succeeded(convert(tsv, "--split", split, "--ids", OUT / f"{split}_ids.txt"))
+        convert(tsv, "--split", split, "--ids", OUT / f"{split}_ids.txt")
         dataset = PrecompDataset("data", "mine", split, vocab)
         assert dataset.texts == captions_of(numbers)
         for index in range(len(dataset)):

@@ -1,13 +1,12 @@
 """What the options of the optimisation do to a training."""
 
 import copy
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import RUN, SMALL, call, refused, succeeded
+from conftest import SMALL, call, log_of, refused, succeeded
 from torch.testing import assert_close
 
 import train
@@ -61,8 +60,7 @@ def test_the_encoders_are_trained_first(tiny, monkeypatch, loss):
     assert all(step["trained"] == [{False}, {False}, {True}] for step in steps[10:])
     assert {step["contrastive"] for step in steps[:10]} == {True}
     assert {step["contrastive"] for step in steps[10:]} == {loss == "contrastive"}
-    lines = map(json.loads, (tiny / RUN / "metrics.jsonl").read_text().splitlines())
-    assert [line["epoch"] for line in lines if line["type"] == "dev"] == [1]
+    assert [line["epoch"] for line in log_of(tiny, "dev")] == [1]
     refused(call(tiny, train.main, *SMALL, *options, "--num_epochs", 1), "--encoder_epochs 1")
 
 
@@ -82,22 +80,15 @@ def test_word_vectors_are_the_first_embeddings(tmp_path):
     known = weight[4:504:2] / torch.from_numpy(vectors[:250]).float()
     assert_close(known, known.mean().expand_as(known))
     assert 0.9 < weight[4:504:2].std() / weight[5:504:2].std() < 1.1
-    for line in ("w1 1 2 3 4\n", "w1 1 2 3 4 x\n", "w1 1 2 3 4 nan\n", "other 1 2 3 4 5\n",
-                 "w1 1 2 3 4 5 6\n"):
-        (tmp_path / "v.txt").write_text(line)
+    for line in ("w1 1 2 3 4", "w1 1 2 3 4 x", "w1 1 2 3 4 nan", "w1 1 2 3 4 5 6", "no 1 2 3 4 5"):
+        (tmp_path / "v.txt").write_text(f"{line}\n")
         with pytest.raises(InputError, match="v.txt: "):
             train.build(opt, torch.device("cpu"), vocab)
 
 
 @pytest.mark.parametrize("lr_update", [0, 1, 2, 30])
 def test_the_learning_rate_falls_as_officially(tiny, monkeypatch, lr_update):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.002)
-    official = torch.optim.lr_scheduler.StepLR(optimizer, step_size=lr_update or 99, gamma=0.1)
-    expected = []
-    for _ in range(5):
-        expected += official.get_last_lr()
-        optimizer.step()
-        official.step()
+    expected = [0.002 * 0.1 ** (epoch // (lr_update or 99)) for epoch in range(5)]
     arguments = ["--batch_size", 150, "--num_epochs", 5, "--lr_update", lr_update]
     found = steps_of_a_run(monkeypatch, tiny, *arguments)
     assert [step["lr"] for step in found] == pytest.approx(expected)
@@ -109,6 +100,16 @@ def test_the_learning_rate_rises_over_the_first_steps(tiny, monkeypatch):
     assert found == pytest.approx([min(0.1 * step, 0.8) for step in range(1, 11)])
 
 
+def test_feature_dropout_leaves_out_numbers_of_regions():
+    images = torch.rand(20, 6, 50) + 1
+    before = Batch(images, *torch.ones(4, 20, 1, dtype=torch.long))
+    found = train.augment(before, 0.0, 0.3)
+    dropped = found.images == 0
+    assert 0.25 < dropped.float().mean() < 0.35
+    assert_close(found.images[~dropped], images[~dropped] / 0.7)
+    assert found[1:] == before[1:] and train.augment(before, 0.0, 0.0) is before
+
+
 def test_patience_ends_a_run_after_epochs_without_a_rise(tiny, monkeypatch):
     rsums = iter([10, 30, 20, 30])  # no fifth epoch
     metrics = retrieval_metrics(np.eye(2), np.arange(2))
@@ -117,24 +118,19 @@ def test_patience_ends_a_run_after_epochs_without_a_rise(tiny, monkeypatch):
     assert len(steps_of_a_run(monkeypatch, tiny, *arguments)) == 4
 
 
-def batch(n=6):
-    captions, lengths = torch.randint(4, 20, (n, 5)), torch.tensor([5, 5, 4, 3, 2, 2])
-    return Batch(torch.randn(n, 3, 4), captions, lengths, torch.arange(n), torch.arange(n))
-
-
 def test_without_decay_the_optimizer_is_adam_and_decay_pulls_towards_zero():
-    weights = []
-    for optimizer in (torch.optim.Adam, torch.optim.AdamW, torch.optim.AdamW):
+    captions, lengths = torch.randint(4, 20, (6, 5)), torch.tensor([5, 5, 4, 3, 2, 2])
+    batch = Batch(torch.randn(6, 3, 4), captions, lengths, torch.arange(6), torch.arange(6))
+    weights, adam, adamw = [], torch.optim.Adam, torch.optim.AdamW
+    for optimizer, decay in ((adam, 0), (adamw, 0), (adamw, 0.5)):
         torch.manual_seed(0)
         model = LHSC(20, 4, 3, 8, 5, 4)
-        decay = 0.5 if len(weights) == 2 else 0.0
         optimizer = optimizer(model.parameters(), lr=1e-2, weight_decay=decay)
         for _ in range(10):
-            train_step(model, optimizer, batch())
+            train_step(model, optimizer, batch)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    adam, plain, pulled = weights
-    assert torch.equal(adam, plain)
-    assert pulled.norm() < 0.97 * plain.norm()
+    assert torch.equal(weights[0], weights[1])
+    assert weights[2].norm() < 0.97 * weights[1].norm()
 
 
 def test_averaged_weights_are_exponential_and_forget_the_start():
@@ -176,8 +172,8 @@ def test_averaged_weights_are_evaluated_and_resumed(tiny):
     best = load_checkpoint(whole / "model_best.pth.tar")
     then = load_checkpoint(whole / f"checkpoint_{best['Eiters']}.pth.tar")
     assert_close(dict(best["model"]), dict(then["ema_model"]), rtol=0, atol=0)
-    path, where = whole / "model_best.pth.tar", {"vocab_path": tiny / "vocab", "device": "cpu"}
-    rsum = evalrank(path, tiny / "data", **where)["rsum"]
+    where = {"vocab_path": tiny / "vocab", "device": "cpu"}
+    rsum = evalrank(whole / "model_best.pth.tar", tiny / "data", **where)["rsum"]
     assert rsum == pytest.approx(best["best_rsum"])
     refused(call(tiny, train.main, "--resume", part, "--ema", 0.5), "--ema 0.5")
 

@@ -48,9 +48,9 @@ def root(tmp_path, monkeypatch):
             test = write_run(folder / name / f"{variant}-s{seed}", seed, rsum)
     cca = test | {"dev_rsum": 14.0, "parameters": 20_000}
     (folder / "flickr8k/cca.json").write_text(json.dumps(cca))
-    what = {"what": "training step, batch 128, paper size (D 1024, S 256)"}
-    ways = {"official loop": 3.0, "fp32": 1.5}
-    steps = [what | {"way": way, "seconds": seconds} for way, seconds in ways.items()]
+    what = "training step, batch 128, paper size (D 1024, S 256)"
+    steps = [{"what": what, "way": way, "seconds": seconds}
+             for way, seconds in (("official loop", 3.0), ("fp32", 1.5))]  # fmt: skip
     (folder / "speed").mkdir()
     speed = {"machine": {"device": "a CPU"}, "training": steps}
     (folder / "speed/cpu.json").write_text(json.dumps(speed))
@@ -93,9 +93,9 @@ def test_what_is_not_measured_is_said(root):
 
 
 @pytest.mark.parametrize("name, old, new, words", [
-    ("flickr8k/lhsc-s1/metrics.jsonl", '"embed_size": 8', '"embed_size": 9', ("--embed_size",)),
-    ("flickr8k/lhsc-s1/metrics.jsonl", '"dev"', "dev", ("metrics.jsonl, line 3",)),
-    ("README.md", "scenes: end", "", ("README.md", "scenes: end")),
+    ("flickr8k/lhsc-s1/metrics.jsonl", '"embed_size": 8', '"embed_size": 9', ["--embed_size"]),
+    ("flickr8k/lhsc-s1/metrics.jsonl", '"dev"', "dev", ["metrics.jsonl, line 3"]),
+    ("README.md", "scenes: end", "", ["README.md", "scenes: end"]),
 ])  # fmt: skip
 def test_logs_that_cannot_be_used_are_named(root, name, old, new, words):
     path = root / "results" / name
@@ -105,9 +105,6 @@ def test_logs_that_cannot_be_used_are_named(root, name, old, new, words):
 
 def test_the_tables_of_this_repo_are_those_of_its_logs(tmp_path):
     succeeded(call(tmp_path, results.main, "--check"))
-
-
-# -- ablations.py ---------------------------------------------------------------------------------
 
 
 def test_ablations_go_on_where_they_were(tmp_path):

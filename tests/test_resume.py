@@ -5,7 +5,6 @@ where a step of the training is replaced by one that does the damage.
 """
 
 import fcntl
-import json
 import multiprocessing
 import os
 import resource
@@ -16,7 +15,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, RUN, SMALL, at_step, call, refused, succeeded, write_tiny
+from conftest import RUN, SMALL, at_step, call, log_of, refused, refuses, succeeded, write_tiny
 
 import train
 from checkpoint import load_checkpoint, save_checkpoint, step_files
@@ -34,28 +33,19 @@ def whole(tmp_path_factory):
     for options in ([], AVERAGED):
         folder = write_tiny(tmp_path_factory.mktemp("whole"))
         succeeded(call(folder, train.main, *OPTIONS, *options))
-        runs[bool(options)] = folder / RUN
+        runs[bool(options)] = folder
     return runs
-
-
-def copy_of(run, tmp_path):
-    """Of a run's folder and its data."""
-    return shutil.copytree(run.parents[2], tmp_path / "copy")
 
 
 @pytest.fixture
 def folder(tmp_path, whole):
-    return copy_of(whole[False], tmp_path)
+    return shutil.copytree(whole[False], tmp_path / "copy")
 
 
 # What happens to a training, which runs in a process of its own.
 KILL_AT_STEP_5 = """
-step, steps = train.train_step, iter(range(1, 100))
-def train_step(*args):
-    if next(steps) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*args)
-train.train_step = train_step
+import conftest, pytest
+conftest.at_step(pytest.MonkeyPatch(), 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
 """
 KILL_IN_SECOND_FILE = """
 import io, torch
@@ -73,17 +63,14 @@ torch.save = half
 
 def lines(folder):
     """What metrics.jsonl says of steps, without the times."""
-    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [
-        {name: value for name, value in line.items() if not name.endswith("_time")}
-        for line in found if line["type"] in ("train", "dev")
-    ]  # fmt: skip
+    found = log_of(folder, "train", "dev")
+    return [{k: v for k, v in line.items() if not k.endswith("_time")} for line in found]
 
 
 def assert_same_run(ours, whole):
     """Bitwise: weights, averaged weights, optimizer, random states, best model; and the logs."""
     for name in (LAST, "model_best.pth.tar"):
-        a, b = load_checkpoint(ours / name), load_checkpoint(whole / name)
+        a, b = (load_checkpoint(folder / RUN / name) for folder in (ours, whole))
         assert same(a | {"opt": 0}, b | {"opt": 0}), name
     assert lines(ours) == lines(whole)
 
@@ -103,33 +90,31 @@ def same(a, b):
     (KILL_IN_SECOND_FILE, AVERAGED, signal.SIGTERM, 143),
 ])  # fmt: skip
 def test_killed_and_stopped_it_continues_bitwise(
-    tmp_path, whole, monkeypatch, patch, options, number, status
+    tiny, whole, monkeypatch, patch, options, number, status
 ):
     """Killed in an epoch or while a file is half written, then stopped by a signal in a step."""
-    folder = write_tiny(tmp_path)
     code = f"import os, signal, train\n{patch}\ntrain.main()"
     command = [sys.executable, "-c", code, *OPTIONS, *options]
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    killed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    killed = subprocess.run(command, cwd=tiny, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [file.name for file in step_files(folder / RUN)] == ["checkpoint_3.pth.tar"]
+    assert [file.name for file in step_files(tiny / RUN)] == ["checkpoint_3.pth.tar"]
     at_step(monkeypatch, 9, lambda: os.kill(os.getpid(), number))
-    result = call(folder, train.main, "--resume")
+    result = call(tiny, train.main, "--resume")
     assert "continuing" in result.stdout and "epoch 0, batch 3" in result.stdout
     assert result.returncode == status and "stopping after this step" in result.stderr
     assert "Traceback" not in result.stderr and "error" not in result.stderr
     assert "stopped at step 12" in result.stdout and "--resume" in result.stdout
-    succeeded(call(folder, train.main, "--resume", RUN, "--workers", "0"))
-    assert_same_run(folder / RUN, whole[bool(options)])
-    assert [f.name for f in step_files(folder / RUN)] == [LAST, "checkpoint_18.pth.tar"]
+    succeeded(call(tiny, train.main, "--resume", RUN, "--workers", "0"))
+    assert_same_run(tiny, whole[bool(options)])
+    assert [f.name for f in step_files(tiny / RUN)] == [LAST, "checkpoint_18.pth.tar"]
 
 
-def test_a_killed_loader_process_ends_the_run_in_one_line(tmp_path, monkeypatch):
-    folder = write_tiny(tmp_path)
+def test_a_killed_loader_process_ends_the_run_in_one_line(tiny, monkeypatch):
     at_step(monkeypatch, 8, lambda: multiprocessing.active_children()[0].kill())
-    result = call(folder, train.main, *OPTIONS, "--workers", "2", "--num_epochs", "500")
+    result = call(tiny, train.main, *OPTIONS, "--workers", "2", "--num_epochs", "500")
     refused(result, "a loader process died", "--resume", "--workers")
-    assert load_checkpoint(step_files(folder / RUN)[0])["Eiters"] >= 6
+    assert load_checkpoint(step_files(tiny / RUN)[0])["Eiters"] >= 6
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
@@ -147,34 +132,31 @@ def test_a_damaged_checkpoint_is_passed_over(folder, whole, damage):
     assert result.stderr.startswith(f"warning: {RUN / newest.name}: damaged")
     assert len(result.stderr.splitlines()) == 1
     assert newest.with_name(newest.name + ".damaged").is_file()
-    assert_same_run(folder / RUN, whole[False])
+    assert_same_run(folder, whole[False])
 
 
 def test_the_newest_file_has_the_largest_number(tmp_path):
-    for name in ("9", "10", "100", "x"):
-        (tmp_path / f"checkpoint_{name}.pth.tar").touch()
-    assert [file.name.split(".")[0] for file in step_files(tmp_path)] == [
-        "checkpoint_100", "checkpoint_10", "checkpoint_9",
-    ]  # fmt: skip
+    files = [tmp_path / f"checkpoint_{step}.pth.tar" for step in (100, 10, 9, "x")]
+    for file in files:
+        file.touch()
+    assert step_files(tmp_path) == files[:3]
 
 
-def test_what_cannot_be_resumed_is_refused(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    before = sorted(tmp_path.rglob("*"))
+def test_what_cannot_be_resumed_is_refused(folder):
+    (folder / "empty").mkdir()
     older = str(RUN / "checkpoint_18.pth.tar")  # in place, newer checkpoints would be lost
     for options, *words in (
-        ([tmp_path / "empty"], "empty: no whole checkpoint_N.pth.tar"),
+        (["empty"], "empty: no whole checkpoint_N.pth.tar"),
         ([RUN / "model_best.pth.tar"], "model_best", "checkpoint_STEP"),
         (["--margin", "0.3"], "--margin 0.3", "with 0.2"),
         ([older], older, LAST, "--model_name"),
     ):
-        refused(call(folder, train.main, "--resume", *options), *words)
-    assert sorted(tmp_path.rglob("*")) == before
+        refuses(folder, train.main, "--resume", *options, words=words)
 
 
 def test_states_of_wrong_types_are_refused(tmp_path, whole):
     """Every part of a state, and every option and counter, replaced by what it cannot be."""
-    folder = copy_of(whole[True], tmp_path)
+    folder = shutil.copytree(whole[True], tmp_path / "copy")
     path = folder / RUN / LAST
     state = load_checkpoint(path)
     parts = ("vocab", "model", "opt", "run", "optimizer", "random", "ema_model")
@@ -183,11 +165,9 @@ def test_states_of_wrong_types_are_refused(tmp_path, whole):
         wrong += [{part: state[part] | {name: [0]}} for name in state[part] if name != "resume"]
     wrong.append({"random": [state["random"][0] | {"torch": "x"}]})
     wrong += [{"opt": state["opt"] | change} for change in ({"drop_out": 2.5}, {"padding": "x"})]
-    before = sorted(tmp_path.rglob("*"))
     for change in wrong:
         save_checkpoint(state | change, path)
-        refused(call(folder, train.main, "--resume", path, "--num_epochs", "3"))
-        assert sorted(tmp_path.rglob("*")) == before, change
+        refuses(folder, train.main, "--resume", path, "--num_epochs", "3")
 
 
 def test_a_resumed_run_may_be_longer_and_says_when_nothing_is_left(folder):
@@ -203,20 +183,17 @@ def test_a_resumed_run_may_be_longer_and_says_when_nothing_is_left(folder):
 def test_an_older_checkpoint_can_be_branched_off(folder, whole):
     branch = ["--model_name", "branch", "--logger_name", "log"]
     succeeded(call(folder, train.main, "--resume", RUN / "checkpoint_18.pth.tar", *branch))
-    a, b = (load_checkpoint(f / LAST)["model"] for f in (folder / "branch", whole[False]))
-    assert same(a, b)
+    a, b = (load_checkpoint(run / LAST) for run in (folder / "branch", whole[False] / RUN))
+    assert same(a["model"], b["model"])
     assert [f.name for f in step_files(folder / RUN)] == [LAST, "checkpoint_18.pth.tar"]
 
 
 def test_two_runs_into_one_folder(folder):
-    before = sorted(folder.rglob("*"))
-    lock = (folder / RUN).parent / ".checkpoint.lock"
-    with lock.open("w") as file:
+    with (folder / RUN).with_name(".checkpoint.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         for options in (OPTIONS, ["--resume"]):
-            refused(call(folder, train.main, *options), str(RUN), "another run", "--model_name")
-    lock.unlink()
-    assert sorted(folder.rglob("*")) == before
+            words = str(RUN), "another run", "--model_name"
+            refuses(folder, train.main, *options, words=words)
 
 
 def test_a_full_disk_leaves_the_checkpoints_there(folder):

@@ -1,18 +1,25 @@
-"""The embedded data set: layout, twins, captions that tell them apart, features of pixels."""
+"""The embedded data set: layout, twins, captions that tell them apart, features of pixels.
 
+Accuracy on its questions is that of scoring them one by one.
+"""
+
+import copy
 import json
 import re
 
 import make_scenes as scenes
 import numpy as np
 import pytest
-from conftest import call, refused
+import torch
+from conftest import call, load_split, refused
+from diagnose import KINDS, diagnose
 from PIL import Image
 
-from data import PrecompDataset
-from vocab import build_from_data
+from model import LHSC
+from utils import InputError
 
-SIZES = {"train": 14, "dev": 4, "test": 24}
+SIZES = {"train": 60, "dev": 4, "test": 24}
+MODEL_SIZES = {"img_dim": 239, "embed_size": 12, "word_dim": 8, "sim_dim": 6}
 KEYS = ("count", "size", "colour", "shape")
 PHRASE = re.compile(r"\b(a|one|two|three) (small|little|large|big) (\w+) (\w+)")
 
@@ -20,7 +27,7 @@ PHRASE = re.compile(r"\b(a|one|two|three) (small|little|large|big) (\w+) (\w+)")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder of a small data set."""
-    out = tmp_path_factory.mktemp("data")
+    out = tmp_path_factory.mktemp("made") / "data"
     scenes.make_scenes(out, 0, SIZES)
     return out
 
@@ -29,8 +36,8 @@ def lines(out, split, kind):
     return (out / "scenes_precomp" / f"{split}_{kind}").read_text("utf-8").splitlines()
 
 
-def records(out, split):
-    return [json.loads(line) for line in lines(out, split, "scenes.jsonl")]
+def records(out, split, kind="scenes"):
+    return [json.loads(line) for line in lines(out, split, f"{kind}.jsonl")]
 
 
 def objects(record):
@@ -70,15 +77,11 @@ def read(caption):
 
 def holds(record, first, side, second):
     """Whether all objects of a group are clear of the other group, on that side."""
+    order = (first, second) if side in ("left", "above") else (second, first)
+    low, high = (objects(record)[group] for group in order)
     axis = 0 if side in ("left", "right") else 1
-
-    def extent(wanted):
-        group = objects(record)[wanted]
-        along = [centre[axis] for centre in group["centres"]]
-        return min(along) - group["radius"], max(along) + group["radius"]
-
-    low, high = (first, second) if side in ("left", "above") else (second, first)
-    return extent(low)[1] < extent(high)[0]
+    end = max(centre[axis] for centre in low["centres"]) + low["radius"]
+    return end < min(centre[axis] for centre in high["centres"]) - high["radius"]
 
 
 def test_the_seed_decides_the_bytes_and_sizes_only_append(made, tmp_path):
@@ -104,7 +107,7 @@ def test_scan_layout(made, split):
     assert (boxes[..., 2:] > boxes[..., :2]).all() and boxes.min() == 0 and boxes.max() == 96
     ids = lines(made, split, "ids.txt")
     assert ids == [record["image"] for record in records(made, split)]
-    dataset = PrecompDataset(made, "scenes_precomp", split, build_from_data(made, "scenes_precomp"))
+    dataset, _ = load_split(made.parent, split, "scenes_precomp")
     assert (dataset.n_images, len(dataset), dataset.image_ids) == (n, 5 * n, ids)
 
 
@@ -127,7 +130,7 @@ def test_foils_are_false_by_one_word(made):
     for split in SIZES:
         texts, pictures = lines(made, split, "caps.txt"), records(made, split)
         kinds = {k: [] for k in range(len(texts))}
-        for foil in map(json.loads, lines(made, split, "foils.jsonl")):
+        for foil in records(made, split, "foils"):
             right = texts[foil["caption"]]
             kinds[foil["caption"]].append(foil["kind"])
             words = zip(right.split(), foil["text"].split(), strict=True)
@@ -196,11 +199,71 @@ def test_a_pixel_changes_only_the_windows_it_is_in():
 
 def test_bad_options_end_in_a_line(tmp_path):
     (tmp_path / "taken").write_text("a file, not a folder")
-    for *arguments, says in (
-        ("--dev", 0, "--dev"),
-        ("--test", 7, "even"),
-        ("--test", 1_000_000, "--test 1000000"),
+    for option, value, says in (
+        ("--dev", 0, "--dev"), ("--test", 7, "even"), ("--test", 1_000_000, "--test 1000000"),
         ("--out", "taken/data", "taken"),
-    ):
-        refused(call(tmp_path, scenes.main, *arguments), says)
+    ):  # fmt: skip
+        refused(call(tmp_path, scenes.main, option, value), says)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+# -- diagnose.py: accuracy on relations, attributes and counts -------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(made):
+    """Of random weights."""
+    _, vocab = load_split(made.parent, "dev", "scenes_precomp")
+    torch.manual_seed(1)
+    model = LHSC(len(vocab), **MODEL_SIZES).eval()
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.5, 0.5)
+    return model
+
+
+def answers(made, split, model, questions=None):
+    """What diagnose finds; its questions are in the data set's folder, unless told otherwise."""
+    dataset, vocab = load_split(made.parent, split, "scenes_precomp")
+    questions = questions or made / "scenes_precomp"
+    return diagnose(model, vocab, dataset, questions, torch.device("cpu"))
+
+
+def test_it_counts_what_is_right(made, model):
+    dataset, vocab = load_split(made.parent, "test", "scenes_precomp")
+
+    @torch.no_grad()
+    def sim(image, text):
+        words = torch.tensor([vocab.encode(text)])
+        return model(dataset.image(image)[None], words, torch.tensor([words.shape[1]])).item()
+
+    right, pictures = {kind: [] for kind in KINDS}, records(made, "test")
+    for caption, text in enumerate(dataset.texts):
+        image = caption // 5
+        right["relation"].append(sim(image, text) > sim(pictures[image]["twin"], text))
+    for foil in records(made, "test", "foils"):
+        image, text = foil["caption"] // 5, dataset.texts[foil["caption"]]
+        right[foil["kind"]].append(sim(image, text) > sim(image, foil["text"]))
+    assert answers(made, "test", model) == {
+        kind: {"questions": len(expected), "accuracy": 100 * sum(expected) / len(expected)}
+        for kind, expected in right.items()
+    }
+
+
+def test_equal_scores_are_wrong_answers(made, model):
+    blind = copy.deepcopy(model)
+    torch.nn.init.zeros_(blind.similarity.score_fc.weight)
+    assert {found["accuracy"] for found in answers(made, "dev", blind).values()} == {0}
+
+
+def test_questions_fit_the_data_set(made, model, tmp_path):
+    def ask(n_scenes, caption):
+        scenes = [json.dumps({"twin": k ^ 1}) for k in range(n_scenes)]
+        (tmp_path / "dev_scenes.jsonl").write_text("\n".join(scenes))
+        foil = {"caption": caption, "kind": "size", "text": "a"}
+        (tmp_path / "dev_foils.jsonl").write_text(json.dumps(foil))
+        return answers(made, "dev", model, tmp_path)
+
+    assert list(ask(4, 1)) == ["relation", "size"]  # kinds without questions are left out
+    for wrong in ((5, 1), (4, 20)):
+        with pytest.raises(InputError, match="not those of its dev"):
+            ask(*wrong)

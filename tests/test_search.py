@@ -176,9 +176,6 @@ def test_the_index_follows_the_photographs_and_the_model(copy, monkeypatch):
     assert len(multiplied) == 4 and seen == [2]  # once a layer; the regions are the same
 
 
-# -- the page -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def page(made, chromium):
     pytest.importorskip("gradio")

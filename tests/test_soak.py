@@ -1,33 +1,25 @@
 """Memory: it does not grow with steps and evaluations, nor with the test set or a long caption."""
 
 import itertools
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_split
+from helpers import resident
 
 from baselines import build_model
 from checkpoint import MODEL_OPTIONS, save_checkpoint
-from data import PrecompDataset, train_loader
+from data import train_loader
 from evaluation import evaluate
 from model import LHSC
 from train import options, train_step
-from vocab import MAX_WORDS, Vocabulary, build_vocab
-
-
-def resident(what="VmRSS"):
-    """Megabytes."""
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{what}:\s+(\d+) kB", text)[1]) / 1024
+from vocab import MAX_WORDS, build_vocab
 
 
 def test_memory_stays_flat_over_many_steps_and_evaluations(tiny):
-    vocab = Vocabulary.load(tiny / "vocab/tiny_vocab.json")
-    trainset, devset = (PrecompDataset(tiny / "data", "tiny", s, vocab) for s in ("train", "dev"))
+    (trainset, vocab), (devset, _) = load_split(tiny, "train"), load_split(tiny, "dev")
     model = LHSC(len(vocab), img_dim=8, num_regions=6, embed_size=16, sim_dim=8, word_dim=10,
                  graph_layers=1, text_layers=1)  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -44,10 +36,10 @@ def test_memory_stays_flat_over_many_steps_and_evaluations(tiny):
 
 
 MEASURE = """
-import evaluation, test_soak
-before = test_soak.resident()
+import evaluation, helpers
+before = helpers.resident()
 evaluation.evalrank("m.pth.tar", split="test", device="cpu", matmul="default")
-print("took", test_soak.resident("VmHWM") - before)
+print("took", helpers.resident("VmHWM") - before)
 """
 
 

@@ -19,23 +19,21 @@ from utils import InputError, atomic_write, check_targets, one_line
 
 CPU = torch.device("cpu")
 
-# -- output files ---------------------------------------------------------------------------------
-
 
 def write(path, content=b"new"):
     check_targets(path)
     atomic_write(path, lambda file: file.write(content))
 
 
-@pytest.mark.parametrize("linked", [False, True])
-def test_a_pipe_is_written_to_and_stays(tmp_path, linked):
+@pytest.mark.parametrize("name", ["pipe", "link"])
+def test_a_pipe_is_written_to_and_stays(tmp_path, name):
     pipe, link, scores = tmp_path / "pipe", tmp_path / "link", np.ones((3, 4), np.float32)
     os.mkfifo(pipe)
     link.symlink_to(pipe)
     with ThreadPoolExecutor() as pool:
         check_targets(pipe)
         content = pool.submit(pipe.read_bytes)
-        atomic_write(link if linked else pipe, lambda file: np.save(file, scores))
+        atomic_write(tmp_path / name, lambda file: np.save(file, scores))
     assert np.array_equal(np.load(io.BytesIO(content.result())), scores)
     assert pipe.is_fifo() and link.is_symlink()
 
@@ -109,9 +107,6 @@ def test_what_cannot_be_written_is_noticed_before(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "locked"]
 
 
-# -- how a command ends ---------------------------------------------------------------------------
-
-
 def raising(error):
     def main():
         raise error
@@ -139,13 +134,13 @@ def test_bugs_keep_their_traceback_and_ctrl_c_has_its_status(tmp_path):
 
 
 FULL = "error: [Errno 28] No space left on device\n"
-# How many lines are printed, the options, where stdout goes -> the status, what is said on stderr.
+# How many lines are printed, the options, which stream ends where -> the status, what stderr gets.
 ENDS = [
-    (1, [], "a reader that went away", 141, ""),  # the line waits in the buffer until the end
-    (100_000, [], "a reader that went away", 141, ""),  # more than a pipe holds
-    (1, [], "/dev/full", 2, FULL),
-    (1, ["--help"], "/dev/full", 2, FULL),
-    (1, ["--unknown"], "stderr is full", 2, ""),
+    (1, [], 1, "gone", 141, ""),  # the line waits in the buffer until the end
+    (100_000, [], 1, "gone", 141, ""),  # more than a pipe holds
+    (1, [], 1, "full", 2, FULL),
+    (1, ["--help"], 1, "full", 2, FULL),
+    (1, ["--unknown"], 2, "full", 2, ""),
 ]
 PROGRAM = """
 import argparse, os, sys
@@ -156,58 +151,37 @@ def main():
     for i in range(lines):
         print(i)
 
-for k, (lines, options, out, *_) in enumerate(ENDS):
+reader, gone = os.pipe()  # a reader that went away
+os.close(reader)
+full = os.open("/dev/full", os.O_WRONLY)
+for k, (lines, options, stream, end, *_) in enumerate(ENDS):
     if os.fork() == 0:  # a process with an end of its own, without the time of a start
         sys.argv[1:] = options
-        reader, writer = os.pipe()
-        os.close(reader)
         os.dup2(os.open(f"stderr{k}", os.O_WRONLY | os.O_CREAT, 0o600), 2)
-        full = os.open("/dev/full", os.O_WRONLY)
-        if out == "stderr is full":
-            os.dup2(full, 2)
-        else:
-            os.dup2(full if out == "/dev/full" else writer, 1)
+        os.dup2(full if end == "full" else gone, stream)
         one_line(main)()
         sys.exit()
     print(os.waitstatus_to_exitcode(os.wait()[1]), end=" ", flush=True)
 """
 
 
-def test_output_that_nobody_takes_ends_quietly_or_in_one_line(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("PYTHONUNBUFFERED", None)
-    result = subprocess.run(
-        [sys.executable, "-c", f"ENDS = {ENDS}\n{PROGRAM}"], env=environment, cwd=tmp_path,
-        stdout=subprocess.PIPE, text=True, timeout=60,
-    )  # fmt: skip
+def test_output_that_nobody_takes_ends_quietly_or_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    command = [sys.executable, "-c", f"ENDS = {ENDS}\n{PROGRAM}"]
+    result = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=60)
     statuses = [int(status) for status in succeeded(result).split()]
     said = [(tmp_path / f"stderr{k}").read_text() for k in range(len(ENDS))]
-    assert [*zip(statuses, said, strict=True)] == [end[3:] for end in ENDS]
-
-
-# -- the library that multiplies ------------------------------------------------------------------
-
-
-@pytest.fixture
-def switch():
-    switch = torch.backends.mkldnn.matmul
-    before = switch.fp32_precision
-    yield switch
-    switch.fp32_precision = before
-
-
-def seconds_of(monkeypatch, default, onednn):
-    """Timed products take these seconds."""
-    times = itertools.cycle([default, onednn])
-    monkeypatch.setattr(utils.timeit, "timeit", lambda *_, **__: next(times))
+    assert [*zip(statuses, said, strict=True)] == [end[4:] for end in ENDS]
 
 
 def test_a_faster_exact_library_is_kept_and_a_slower_one_is_not(switch, monkeypatch):
     monkeypatch.setattr(utils, "products_are_exact", lambda: switch.fp32_precision == "bf16")
-    before = switch.fp32_precision
-    seconds_of(monkeypatch, default=1.0, onednn=0.9)
+    before, times = switch.fp32_precision, []
+    monkeypatch.setattr(utils.timeit, "timeit", lambda *_, **__: next(times))
+    times = itertools.cycle([1.0, 0.9])  # of the default, of oneDNN
     assert utils.choose_matmul(CPU) == "default" and switch.fp32_precision == before
-    seconds_of(monkeypatch, default=1.0, onednn=0.5)
+    times = itertools.cycle([1.0, 0.5])
     assert utils.choose_matmul(CPU) == "onednn" and switch.fp32_precision == "bf16"
     switch.fp32_precision = before
     assert utils.choose_matmul(CPU, "default") == "default" and switch.fp32_precision == before

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 import visualize
-from conftest import RUN, call, refused, succeeded
+from conftest import RUN, call, load_split, refused, succeeded
 from PIL import Image
 
 from attention import cross_attention
 from baselines import LocalSimilarity, build_model
 from evaluation import evalrank
 from utils import InputError
-from vocab import build_from_data
 
 SIMS = np.random.default_rng(0).random((10, 50)).astype(np.float32)
 MODEL = ("--model_path", RUN / "model_best.pth.tar")
@@ -46,8 +45,7 @@ def closed():
 @pytest.fixture(scope="module")
 def drawable(trained, tmp_path_factory):
     """A trained model, its data set with boxes and pictures, and scores of its test split."""
-    folder = tmp_path_factory.mktemp("drawable") / "copy"
-    shutil.copytree(trained[0], folder)
+    folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("drawable") / "copy")
     corners = [(x / 2, y / 3, (x + 1) / 2, (y + 1) / 3) for y in range(3) for x in range(2)]
     np.save(folder / "data/tiny/test_boxes.npy", np.array([corners] * 10, dtype=np.float32))
     np.save(folder / "sims.npy", SIMS)
@@ -60,14 +58,12 @@ def drawable(trained, tmp_path_factory):
 @pytest.fixture
 def here(drawable, monkeypatch):
     monkeypatch.chdir(drawable)
-    return drawable
 
 
 @pytest.fixture
 def markup(drawable, tmp_path, monkeypatch):
     """A copy without pictures, whose captions and ids hold markup, one of them long."""
-    shutil.copytree(drawable, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.chdir(shutil.copytree(drawable, tmp_path / "copy"))
     for name, old in (("test_caps.txt", "look at"), ("test_ids.txt", "test1")):
         path = tmp_path / "copy/data/tiny" / name
         path.write_text(path.read_text().replace(old, MARKUP + old))
@@ -97,9 +93,6 @@ def test_a_figure_is_written_and_not_overwritten(here, suffix, tmp_path):
 ])  # fmt: skip
 def test_what_cannot_be_drawn_is_said(here, arguments, word):
     refused(command(*arguments), word)
-
-
-# -- retrieval ------------------------------------------------------------------------------------
 
 
 def test_queries_of_all_ranks_are_shown_and_right_answers_are_framed(here):
@@ -147,15 +140,14 @@ def test_runs_are_compared_on_the_same_images(tmp_path, options):
     assert difference == pytest.approx(better - worse, abs=0.11) and 0 < low <= difference <= high
     assert "+0.0, 95 % interval +0.0 … +0.0" in compared("worse.npy", "worse.npy")[2]
     refused(call(tmp_path, compare.main, "worse.npy", "half.npy"), "(10, 50) and (5, 25)")
-
-
-# -- attention ------------------------------------------------------------------------------------
+    (tmp_path / "m.json").write_text("{}")
+    refused(call(tmp_path, compare.main, "worse.npy", "m.json"), "m.json")
 
 
 @pytest.fixture
 def described(tiny, request):
     """A model of the similarity that a test names, its vocabulary, and an encoded image."""
-    vocab = build_from_data(tiny / "data", "tiny")
+    _, vocab = load_split(tiny, "test")
     model = build_model(request.param, vocab_size=len(vocab), **SIZES).eval()
     with torch.inference_mode():
         return model, vocab, model.image_encoder(torch.randn(1, 6, 8))
@@ -185,7 +177,7 @@ def test_an_explanation_adds_up(described):
 
 @pytest.mark.parametrize("described", ["scan", "vse", "global"], indirect=True)
 def test_models_without_local_alignments_are_not_explained(described):
-    with pytest.raises(InputError, match="local alignments"):
+    with pytest.raises(InputError, match="--similarity lhsc, local or attended"):
         visualize.explain(*described, "a dog")
 
 
@@ -218,9 +210,6 @@ def test_boxes_in_pixels_and_as_shares_are_the_same():
         assert visualize.shares_of(boxes, known) == pytest.approx(shares)
 
 
-# -- curves and layers ----------------------------------------------------------------------------
-
-
 def test_curves_hold_what_the_log_holds(here):
     log = visualize.read_log(RUN)
     loss, rsum, _ = draw("curves", RUN).axes
@@ -251,9 +240,6 @@ def test_updates_of_layers_are_those_of_single_images_and_captions(here, tmp_pat
                       for x, y in zip(inputs, outputs, strict=True)]  # fmt: skip
             assert means[kind][k] == pytest.approx(torch.cat(ratios).mean().item(), rel=1e-4)
             inputs = outputs
-
-
-# -- report ---------------------------------------------------------------------------------------
 
 
 def test_the_report_needs_nothing_else(here):

@@ -9,15 +9,7 @@ from conftest import call, refused, succeeded
 
 import vocab as vocab_module
 from utils import InputError
-from vocab import (
-    SPECIAL_TOKENS,
-    Vocabulary,
-    build_from_data,
-    build_vocab,
-    read_captions,
-    sentence_splitter,
-    tokenize,
-)
+from vocab import SPECIAL_TOKENS, Vocabulary, build_from_data, build_vocab, read_captions, tokenize
 
 HOSTILE = [
     "🙂🙂", "naïve café", "a\tb", "it's 5 o'clock .", "x" * 2000, "dog " * 500, "<unk> <end>"
@@ -26,10 +18,10 @@ HOSTILE = [
 
 @pytest.fixture
 def splitter():
-    """Chosen anew in the test, and again after it."""
-    sentence_splitter.cache_clear()
-    yield
-    sentence_splitter.cache_clear()
+    """It is chosen anew in the test, and again after it."""
+    vocab_module.sentence_splitter.cache_clear()
+    yield vocab_module.sentence_splitter
+    vocab_module.sentence_splitter.cache_clear()
 
 
 def test_words_are_lower_case_and_punctuation_stands_apart():
@@ -39,12 +31,10 @@ def test_words_are_lower_case_and_punctuation_stands_apart():
         tokenize(b"a dog")  # the repr of bytes has cost other ports half their recall
 
 
-def test_trained_punkt_is_used_where_installed_or_its_lack_noted_once(
-    monkeypatch, splitter, capsys
-):
+def test_trained_punkt_is_used_or_its_lack_noted_once(monkeypatch, splitter, capsys):
     monkeypatch.setattr(nltk.data, "find", Mock(return_value="found"))
-    assert sentence_splitter() is nltk.sent_tokenize
-    sentence_splitter.cache_clear()
+    assert splitter() is nltk.sent_tokenize
+    splitter.cache_clear()
     monkeypatch.setattr(nltk.data, "find", Mock(side_effect=LookupError))
     tokenize("a dog.")
     tokenize("a cat.")
@@ -75,7 +65,9 @@ def test_json_round_trip(tmp_path):
     again = Vocabulary.load(path)
     assert again.word2idx == vocab.word2idx and again.idx2word == vocab.idx2word
     assert again.fingerprint() == vocab.fingerprint()
-    assert again.fingerprint() != Vocabulary([*SPECIAL_TOKENS, "dog"]).fingerprint()
+    words = [*vocab.word2idx]
+    others = [*words[:4], *reversed(words[4:])]  # as many words, other numbers
+    assert again.fingerprint() != Vocabulary(others).fingerprint()
     content = json.loads(path.read_text(encoding="utf-8"))
     assert set(content) == {"word2idx", "idx2word", "idx"} and content["idx"] == len(vocab)
     assert content["idx2word"]["0"] == "<pad>"
