@@ -55,6 +55,11 @@ SETS = {
                 "VSE++, `--recipe modern`",
                 f"{NO_LAYERS} --similarity vse {MODERN} --encoder_epochs 0",
             ),
+            "vse-contrastive": (
+                "VSE++, `--recipe modern` without feature dropout and rising rate",
+                f"{NO_LAYERS} --similarity vse {MODERN} --encoder_epochs 0 --feature_dropout 0 "
+                "--lr_warmup 0",
+            ),
             "saf-modern": ("SAF, `--recipe modern`", f"{NO_LAYERS} {MODERN}"),
             "modern": ("LHSC, `--recipe modern`", MODERN),
         },

@@ -106,28 +106,31 @@ def main() -> None:
     bank = PrecompDataset(*where, "train", vocab, max_captions=BANK_CAPTIONS)
     cca, tried = CCA(train, len(vocab)), {}
 
-    def scores(dataset: PrecompDataset, shrink: float) -> tuple[np.ndarray, np.ndarray]:
+    def scores(
+        dataset: PrecompDataset, x_map: Tensor, y_map: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Cosines (B, C) for image to text, and for text to image."""
-        images, captions = cca.encode(dataset, *cca.maps(shrink))
+        images, captions = cca.encode(dataset, x_map, y_map)
         i2t = t2i = (images @ captions.T).numpy()
         if opt.qb_norm:
-            of_images, of_captions = cca.encode(bank, *cca.maps(shrink))
+            of_images, of_captions = cca.encode(bank, x_map, y_map)
             t2i = qb_norm(i2t.T, (of_captions @ images.T).numpy(), opt.qb_norm).T
             i2t = qb_norm(i2t, (of_images @ captions.T).numpy(), opt.qb_norm)
         return i2t, t2i
 
     for shrink in SHRINK:
-        i2t, t2i = scores(dev, shrink)
+        i2t, t2i = scores(dev, *cca.maps(shrink))
         tried[shrink] = retrieval_metrics(i2t, dev.image_of_caption, t2i)["rsum"]
         print(f"shrink {shrink:g}: dev rsum {tried[shrink]:.1f}", flush=True)
     shrink = max(tried, key=tried.get)
-    i2t, t2i = scores(test, shrink)
+    maps = cca.maps(shrink)
+    i2t, t2i = scores(test, *maps)
     metrics = retrieval_metrics(i2t, test.image_of_caption, t2i)
     metrics["bootstrap"] = bootstrap_intervals([image_hits(i2t, test.image_of_caption, t2i)])
     print(report(metrics))
     if opt.json:
         metrics |= {"data": f"{test.name} test", "dev_rsum": tried[shrink], "shrink": shrink,
-                    "parameters": sum(x.numel() for x in cca.maps(shrink)),
+                    "parameters": sum(x.numel() for x in maps),
                     "qb_norm": opt.qb_norm}  # fmt: skip
         write_json(opt.json, metrics)
 
