@@ -103,17 +103,20 @@ class Run(NamedTuple):
         train += ["--logger_name", folder / "log"]
         if any(checkpoints.glob("checkpoint_*.pth.tar")):
             train.append("--resume")
-        test = ["evaluation.py", *best, "--bootstrap", 1000, "--save_metrics", folder / "test.json"]
-        commands = [train, test]
-        if a_set.diagnose:
+        test = ["evaluation.py", *best, "--bootstrap", 1000, "--save_metrics"]
+        commands = [train, [*test, folder / "test.json"]]
+        if not a_set.diagnose:
+            commands.append([*test, folder / "test-qb.json", "--qb_norm", 20])
+        else:
             commands.append(["scripts/diagnose.py", *best, "--json", folder / "diagnosis.json"])
         return [list(map(str, command)) for command in commands]
 
     def logs(self, opt: argparse.Namespace) -> dict[Path, Path]:
         """Each log in --runs, and where it is kept."""
         made, kept = self.folder(opt.runs), self.folder(opt.results)
+        diagnose = SETS[self.set_name].diagnose
         names = ["checkpoint/metrics.jsonl", "test.json"]
-        names += ["diagnosis.json"] * SETS[self.set_name].diagnose
+        names.append("diagnosis.json" if diagnose else "test-qb.json")
         return {made / name: kept / Path(name).name for name in names}
 
     def carry_out(self, opt: argparse.Namespace) -> bool:

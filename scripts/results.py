@@ -4,10 +4,10 @@
     python scripts/results.py --check    # exit 1 if the tables in the files say something else
 
 A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. ablations.py keeps the logs
-of a run in results/SET/VARIANT-sSEED: metrics.jsonl of train.py, test.json of evaluation.py, and
-diagnosis.json of diagnose.py (drawn scenes only). reproduce.sh keeps those of the paper's
-experiments in results/paper/RUN. cca.py writes results/flickr8k/cca.json, benchmark.py
-results/speed/*.json.
+of a run in results/SET/VARIANT-sSEED: metrics.jsonl of train.py, test.json of evaluation.py,
+test-qb.json with QB-Norm (photographs), diagnosis.json of diagnose.py (drawn scenes). reproduce.sh
+keeps those of the paper's experiments in results/paper/RUN. cca.py writes results/flickr8k/cca.json
+and cca-qb.json, benchmark.py results/speed/*.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from utils import InputError, atomic_write, one_line, write_text
 APART = {"seed", "data_path", "vocab_path", "model_name", "logger_name", "resume", "workers"}
 # Steps of the paper's trainings: 50 epochs of 145,000 and 566,435 captions, 128 a batch.
 PAPER = {"Flickr30K": 56_650, "MS-COCO": 221_300}
-SHORT = ("model", "seeds", "i2t R@1", "t2i R@1", "test rsum")  # columns in README.md
+SHORT = ("model", "seeds", "i2t R@1", "t2i R@1", "test rsum", "with QB-Norm")  # columns in README.md
 
 
 def read_json(path: Path) -> dict:
@@ -44,6 +44,8 @@ class Seed:
         self.log, self.test = read_log(folder), read_json(folder / "test.json")
         diagnosis = folder / "diagnosis.json"
         self.diagnosis = read_json(diagnosis) if diagnosis.is_file() else {}
+        qb_norm = folder / "test-qb.json"
+        self.qb_norm = read_json(qb_norm)["rsum"] if qb_norm.is_file() else None
         self.dev = max(line["rsum"] for line in self.log["dev"])  # of the checkpoint tested
         seconds = statistics.median(line["batch_time"] for line in self.log["train"])
         self.minutes = self.log["train"][-1]["step"] * seconds / 60  # of steps, not of validation
@@ -108,13 +110,16 @@ def photo_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
     """Recalls on the test photographs: the linear baseline, and a row a variant."""
     rows, path = [], ROOT / "results/flickr8k/cca.json"
     if path.is_file():
-        cca = read_json(path)
+        cca, qb_norm = read_json(path), read_json(path.with_name("cca-qb.json"))["rsum"]
         columns = recalls("linear CCA, mean region and words", [cca], [cca["dev_rsum"]])
+        columns["with QB-Norm"] = spread([qb_norm])
         size = f"{cca['parameters'] / 1e6:.2f} M"
         rest = {"epochs": "–", "parameters": size, "training": "closed form", "on": "–"}
         rows.append(columns | {"seeds": "–"} | rest)
     for title, seeds in photos.items():
         columns = recalls(title, [seed.test for seed in seeds], [seed.dev for seed in seeds])
+        by_seed = [seed.qb_norm for seed in seeds if seed.qb_norm]
+        columns["with QB-Norm"] = spread(by_seed) if by_seed else "–"
         epochs = statistics.mean(seed.log["train"][-1]["epoch"] + 1 for seed in seeds)
         rows.append(columns | {"epochs": f"{epochs:.0f}"} | cost(seeds))
     return rows
