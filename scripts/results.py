@@ -30,7 +30,8 @@ from utils import InputError, atomic_write, one_line, write_text
 APART = {"seed", "data_path", "vocab_path", "model_name", "logger_name", "resume", "workers"}
 # Steps of the paper's trainings: 50 epochs of 145,000 and 566,435 captions, 128 a batch.
 PAPER = {"Flickr30K": 56_650, "MS-COCO": 221_300}
-SHORT = ("model", "seeds", "i2t R@1", "t2i R@1", "test rsum", "with QB-Norm")  # columns in README.md
+# The columns in README.md.
+SHORT = ("model", "seeds", "i2t R@1", "t2i R@1", "test rsum", "with QB-Norm")
 
 
 def read_json(path: Path) -> dict:
