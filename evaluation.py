@@ -26,7 +26,13 @@ from attention import caption_index_of
 from checkpoint import load_checkpoint, model_from
 from data import Captions, PrecompDataset
 from distributed import is_main_process, rank_slice
-from metrics import bootstrap_intervals, image_hits, mean_metrics, qb_norm, retrieval_metrics
+from metrics import (
+    bootstrap_intervals,
+    image_hits,
+    mean_metrics,
+    qb_norm_both_ways,
+    retrieval_metrics,
+)
 from model import LHSC, EncodedCaptions, EncodedImages
 from utils import (
     InputError,
@@ -208,7 +214,7 @@ def evaluate(
     if bank is not None:
         of_images, of_captions = banks  # the bank's, with all captions and with all images
         by_way = [
-            (qb_norm(block, of_images[:, c], beta), qb_norm(block.T, of_captions[i].T, beta).T)
+            qb_norm_both_ways(block, of_images[:, c], of_captions[i], beta)
             for block, (i, c) in zip(blocks, folds or [whole], strict=True)
         ]
     try:

@@ -58,6 +58,16 @@ def qb_norm(sims: np.ndarray, bank: np.ndarray, beta: float) -> np.ndarray:
     return sims - np.where(changed[:, None], hubness, 0)
 
 
+def qb_norm_both_ways(
+    sims: np.ndarray, of_images: np.ndarray, of_captions: np.ndarray, beta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """qb_norm of sims (n_images, n_captions) for image to text, and for text to image.
+
+    of_images (n_bank_images, n_captions), of_captions (n_images, n_bank_captions): the bank's.
+    """
+    return qb_norm(sims, of_images, beta), qb_norm(sims.T, of_captions.T, beta).T
+
+
 def retrieval_metrics(
     sims: np.ndarray, image_of_caption: np.ndarray, t2i_sims: np.ndarray | None = None
 ) -> dict:

@@ -105,10 +105,10 @@ class Run(NamedTuple):
             train.append("--resume")
         test = ["evaluation.py", *best, "--bootstrap", 1000, "--save_metrics"]
         commands = [train, [*test, folder / "test.json"]]
-        if not a_set.diagnose:
-            commands.append([*test, folder / "test-qb.json", "--qb_norm", 20])
-        else:
+        if a_set.diagnose:
             commands.append(["scripts/diagnose.py", *best, "--json", folder / "diagnosis.json"])
+        else:
+            commands.append([*test, folder / "test-qb.json", "--qb_norm", 20])
         return [list(map(str, command)) for command in commands]
 
     def logs(self, opt: argparse.Namespace) -> dict[Path, Path]:

@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Captions, PrecompDataset
 from evaluation import BANK_CAPTIONS, report
-from metrics import bootstrap_intervals, image_hits, qb_norm, retrieval_metrics
+from metrics import bootstrap_intervals, image_hits, qb_norm_both_ways, retrieval_metrics
 from utils import check_targets, number, one_line, write_json
 from vocab import Vocabulary, vocab_file
 
@@ -111,12 +111,12 @@ def main() -> None:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cosines (B, C) for image to text, and for text to image."""
         images, captions = cca.encode(dataset, x_map, y_map)
-        i2t = t2i = (images @ captions.T).numpy()
-        if opt.qb_norm:
-            of_images, of_captions = cca.encode(bank, x_map, y_map)
-            t2i = qb_norm(i2t.T, (of_captions @ images.T).numpy(), opt.qb_norm).T
-            i2t = qb_norm(i2t, (of_images @ captions.T).numpy(), opt.qb_norm)
-        return i2t, t2i
+        sims = (images @ captions.T).numpy()
+        if not opt.qb_norm:
+            return sims, sims
+        of_images, of_captions = cca.encode(bank, x_map, y_map)
+        banks = (of_images @ captions.T).numpy(), (images @ of_captions.T).numpy()
+        return qb_norm_both_ways(sims, *banks, opt.qb_norm)
 
     for shrink in SHRINK:
         i2t, t2i = scores(dev, *cca.maps(shrink))

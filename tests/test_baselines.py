@@ -197,8 +197,10 @@ def test_projections_are_uncorrelated_but_for_their_partner(fitted):
     assert 0.8 < correlations[0] < 1 and (correlations.diff() <= 0).all()
 
 
-def test_the_command_tests_what_is_best_on_dev(tiny):
-    lines = succeeded(call(tiny, cca.main, "--data_name", "tiny", "--json", "cca.json"))
+@pytest.mark.parametrize("beta", [0, 20])
+def test_the_command_tests_what_is_best_on_dev(tiny, beta):
+    options = ["--data_name", "tiny", "--json", "cca.json", "--qb_norm", beta]
+    lines = succeeded(call(tiny, cca.main, *options))
     found = json.loads((tiny / "cca.json").read_text())
     tried = [float(line.split()[-1]) for line in lines.splitlines() if "shrink" in line]
     assert found["dev_rsum"] == pytest.approx(max(tried), abs=0.05)
