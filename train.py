@@ -107,7 +107,6 @@ def options() -> argparse.ArgumentParser:
     add("--learning_rate", default=2e-4, type=number(1e-12, 1e3), help="of Adam")
     add("--lr_update", default=30, type=at_least(0), help="epochs between those of ×0.1, 0 = none")
     add("--lr_warmup", default=0, type=at_least(0), help="first steps, over which it rises from 0")
-    add("--weight_decay", default=0.0, type=number(0), help="decoupled (AdamW), of all weights")
     add("--ema", default=0.0, type=number(0, 1), help="decay of averaged weights, e.g. 0.999")
     add("--precision", default="fp32", choices=[*PRECISIONS], help="of the large matrix products")
     add("--grad_clip", default=2.0, type=number(0), help="gradient norm; 0 = no clipping")
@@ -366,10 +365,7 @@ def build(
         weight[numbers] = scale * torch.from_numpy(vectors).to(device)
         print_on_main(f"{opt.word_vectors}: vectors of {len(numbers)} of {len(vocab)} words")
     ema_model = copy.deepcopy(model).requires_grad_(False) if opt.ema else None
-    # Without weight decay AdamW is Adam.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=opt.learning_rate, weight_decay=opt.weight_decay, fused=True
-    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=opt.learning_rate, fused=True)
     seed_rank(opt.seed, 0)
     return model, ema_model, optimizer
 

@@ -104,7 +104,7 @@ def main() -> None:
     where = opt.data_path, opt.data_name
     train, dev, test = (PrecompDataset(*where, split, vocab) for split in ("train", "dev", "test"))
     bank = PrecompDataset(*where, "train", vocab, max_captions=BANK_CAPTIONS)
-    cca, tried = CCA(train, len(vocab)), {}
+    cca, tried = CCA(train, len(vocab)), []
 
     def scores(
         dataset: PrecompDataset, x_map: Tensor, y_map: Tensor
@@ -119,17 +119,17 @@ def main() -> None:
         return qb_norm_both_ways(sims, *banks, opt.qb_norm)
 
     for shrink in SHRINK:
-        i2t, t2i = scores(dev, *cca.maps(shrink))
-        tried[shrink] = retrieval_metrics(i2t, dev.image_of_caption, t2i)["rsum"]
-        print(f"shrink {shrink:g}: dev rsum {tried[shrink]:.1f}", flush=True)
-    shrink = max(tried, key=tried.get)
-    maps = cca.maps(shrink)
+        maps = cca.maps(shrink)
+        i2t, t2i = scores(dev, *maps)
+        tried.append((retrieval_metrics(i2t, dev.image_of_caption, t2i)["rsum"], shrink, maps))
+        print(f"shrink {shrink:g}: dev rsum {tried[-1][0]:.1f}", flush=True)
+    dev_rsum, shrink, maps = max(tried, key=lambda one: one[0])
     i2t, t2i = scores(test, *maps)
     metrics = retrieval_metrics(i2t, test.image_of_caption, t2i)
     metrics["bootstrap"] = bootstrap_intervals([image_hits(i2t, test.image_of_caption, t2i)])
     print(report(metrics))
     if opt.json:
-        metrics |= {"data": f"{test.name} test", "dev_rsum": tried[shrink], "shrink": shrink,
+        metrics |= {"data": f"{test.name} test", "dev_rsum": dev_rsum, "shrink": shrink,
                     "parameters": sum(x.numel() for x in maps),
                     "qb_norm": opt.qb_norm}  # fmt: skip
         write_json(opt.json, metrics)

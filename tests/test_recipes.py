@@ -16,7 +16,7 @@ from data import Batch
 from evaluation import evalrank
 from metrics import retrieval_metrics
 from model import LHSC, triplet_loss
-from train import RECIPES, given_options, options, parse, train_step, update_ema
+from train import RECIPES, given_options, options, parse, update_ema
 from utils import InputError
 from vocab import Vocabulary
 
@@ -29,7 +29,7 @@ def steps_of_a_run(monkeypatch, folder, *arguments):
         (group,) = optimizer.param_groups
         parts = model.image_encoder, model.text_encoder, model.similarity
         trained = [{p.requires_grad for p in part.parameters()} for part in parts]
-        found.append({"lr": group["lr"], "decay": group["weight_decay"], "margin": margin,
+        found.append({"lr": group["lr"], "margin": margin,
                       "hardest": max_violation, "clip": clip, "dtype": dtype,
                       "contrastive": contrastive, "start": type(start),
                       "trained": trained})  # fmt: skip
@@ -41,12 +41,11 @@ def steps_of_a_run(monkeypatch, folder, *arguments):
 
 
 def test_options_reach_the_steps(tiny, monkeypatch):
-    official = {"lr": 0.002, "decay": 0, "margin": 0.2, "hardest": True, "clip": 2, "dtype": None,
+    official = {"lr": 0.002, "margin": 0.2, "hardest": True, "clip": 2, "dtype": None,
                 "contrastive": False, "start": type(None), "trained": [{True}] * 3}  # fmt: skip
     assert steps_of_a_run(monkeypatch, tiny) == [official] * 20  # 150 captions, twice
-    others = ["--weight_decay", 0.5, "--warmup_epochs", 1, "--grad_clip", 3, "--margin", 1,
-              "--precision", "bf16"]  # fmt: skip
-    changed = official | {"decay": 0.5, "margin": 1, "clip": 3, "dtype": torch.bfloat16}
+    others = ["--warmup_epochs", 1, "--grad_clip", 3, "--margin", 1, "--precision", "bf16"]
+    changed = official | {"margin": 1, "clip": 3, "dtype": torch.bfloat16}
     expected = [changed | {"hardest": epoch > 0} for epoch in (0, 1) for _ in range(10)]
     assert steps_of_a_run(monkeypatch, tiny, *others) == expected
 
@@ -118,21 +117,6 @@ def test_patience_ends_a_run_after_epochs_without_a_rise(tiny, monkeypatch):
     assert len(steps_of_a_run(monkeypatch, tiny, *arguments)) == 4
 
 
-def test_without_decay_the_optimizer_is_adam_and_decay_pulls_towards_zero():
-    captions, lengths = torch.randint(4, 20, (6, 5)), torch.tensor([5, 5, 4, 3, 2, 2])
-    batch = Batch(torch.randn(6, 3, 4), captions, lengths, torch.arange(6), torch.arange(6))
-    weights, adam, adamw = [], torch.optim.Adam, torch.optim.AdamW
-    for optimizer, decay in ((adam, 0), (adamw, 0), (adamw, 0.5)):
-        torch.manual_seed(0)
-        model = LHSC(20, 4, 3, 8, 5, 4)
-        optimizer = optimizer(model.parameters(), lr=1e-2, weight_decay=decay)
-        for _ in range(10):
-            train_step(model, optimizer, batch)
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.equal(weights[0], weights[1])
-    assert weights[2].norm() < 0.97 * weights[1].norm()
-
-
 def test_averaged_weights_are_exponential_and_forget_the_start():
     model = LHSC(20, 4, 3, 8, 5, 4)
     ema_model = copy.deepcopy(model)
@@ -191,7 +175,7 @@ def test_a_recipe_sets_defaults_and_what_is_given_wins():
 
 
 @pytest.mark.parametrize("option, value", [
-    ("--ema", "1"), ("--weight_decay", "-1"), ("--learning_rate", "nan"), ("--batch_size", "1"),
+    ("--ema", "1"), ("--learning_rate", "nan"), ("--batch_size", "1"),
     ("--lr_update", "-1"), ("--recipe", "best"), ("--similarity", "sgr"), ("--padding", "none"),
 ])  # fmt: skip
 def test_options_that_make_no_sense_are_refused(tmp_path, option, value):
