@@ -4,8 +4,9 @@
     python scripts/ablations.py scenes --only lhsc saf --seeds 0 --jobs 2
     python scripts/ablations.py flickr8k --list                       # print the commands
 
-A run calls train.py, evaluation.py on the checkpoint that was best on dev, and on the drawn scenes
-diagnose.py. Its checkpoints are in --runs, its logs are copied to results/SET/VARIANT-sSEED.
+A run calls train.py, and on the checkpoint that was best on dev evaluation.py, on the drawn scenes
+diagnose.py too. Its checkpoints are in --runs, its logs are copied to results/SET/VARIANT-sSEED.
+The set `recipe` leaves out one part of --recipe modern at a time, and is compared on dev only.
 Runs whose logs are there are left out, and a training that was stopped goes on (--resume).
 scripts/results.py makes the tables and figures.
 """
@@ -32,9 +33,12 @@ class Set(NamedTuple):
 
     common: str  # options of all its trainings
     variants: dict[str, tuple[str, str]]  # a title and the options that it changes
-    diagnose: bool = False  # whether scripts/diagnose.py has questions about it
+    tests: dict[str, str]  # a file of results/, and the command that makes it from the checkpoint
 
 
+TEST = "evaluation.py --bootstrap 1000 --save_metrics"
+QB_TEST = "evaluation.py --qb_norm 20 --bootstrap 1000 --save_metrics"
+RECIPE_EPOCHS = 8  # of each run of the set `recipe`
 NO_LAYERS = "--graph_layers 0 --text_layers 0"
 MODERN = "--recipe modern --word_dim 100 --word_vectors data/word_vectors.txt"
 WARM = "--learning_rate 5e-4 --warmup_epochs 2"
@@ -43,26 +47,32 @@ BASELINES = {
     "scan": ("SCAN, text to image", f"{NO_LAYERS} --similarity scan"),
     "vse": ("VSE++", f"{NO_LAYERS} --similarity vse"),
 }
+FLICKR8K = "--data_name f8k_precomp --embed_size 256 --sim_dim 64 --batch_size 128"
+VSE_MODERN = f"{NO_LAYERS} --similarity vse {MODERN} --encoder_epochs 0"
 SETS = {
     "flickr8k": Set(
-        "--data_name f8k_precomp --embed_size 256 --sim_dim 64 --batch_size 128 --patience 5",
+        f"{FLICKR8K} --patience 5",
         {name: (title, f"{options} {WARM}") for name, (title, options) in BASELINES.items()}
         | {
             "lhsc": ("LHSC, official recipe", ""),
             "official-padding": ("LHSC, official recipe and padding", "--padding official"),
             "warm": ("LHSC, official recipe with a warm-up", WARM),
-            "vse-modern": (
-                "VSE++, `--recipe modern`",
-                f"{NO_LAYERS} --similarity vse {MODERN} --encoder_epochs 0",
-            ),
-            "vse-contrastive": (
-                "VSE++, `--recipe modern` without feature dropout and rising rate",
-                f"{NO_LAYERS} --similarity vse {MODERN} --encoder_epochs 0 --feature_dropout 0 "
-                "--lr_warmup 0",
-            ),
+            "vse-modern": ("VSE++, `--recipe modern`", VSE_MODERN),
             "saf-modern": ("SAF, `--recipe modern`", f"{NO_LAYERS} {MODERN}"),
             "modern": ("LHSC, `--recipe modern`", MODERN),
         },
+        {"test.json": TEST, "test-qb.json": QB_TEST},
+    ),
+    "recipe": Set(
+        f"{FLICKR8K} {VSE_MODERN} --num_epochs {RECIPE_EPOCHS}",
+        {
+            "size": ("without size augmentation", "--size_augmentation 0"),
+            "dropout": ("without feature dropout", "--feature_dropout 0"),
+            "ema": ("without averaged weights", "--ema 0"),
+            "vectors": ("without word vectors", "--word_vectors="),
+            "warmup": ("without the rising rate", "--lr_warmup 0"),
+        },
+        {},
     ),
     "scenes": Set(
         "--data_name scenes_precomp --embed_size 128 --sim_dim 64 --word_dim 100 --batch_size 64 "
@@ -78,7 +88,7 @@ SETS = {
             "words-only": ("word layers only", "--graph_layers 0"),
         }
         | BASELINES,
-        diagnose=True,
+        {"test.json": TEST, "diagnosis.json": "scripts/diagnose.py --json"},
     ),
 }
 QUIET = "--workers 0 --log_step 100 --val_step 1000000 --save_step 1000000"  # once an epoch
@@ -93,7 +103,7 @@ class Run(NamedTuple):
         return parent / self.set_name / f"{self.variant}-s{self.seed}"
 
     def commands(self, opt: argparse.Namespace) -> list[list[str]]:
-        """Of training, evaluation and diagnosis."""
+        """The training, and the tests of its checkpoint."""
         a_set, folder = SETS[self.set_name], self.folder(opt.runs)
         checkpoints = folder / "checkpoint"
         where = ["--data_path", opt.data_path, "--vocab_path", opt.vocab_path]
@@ -103,21 +113,14 @@ class Run(NamedTuple):
         train += ["--logger_name", folder / "log"]
         if any(checkpoints.glob("checkpoint_*.pth.tar")):
             train.append("--resume")
-        test = ["evaluation.py", *best, "--bootstrap", 1000, "--save_metrics"]
-        commands = [train, [*test, folder / "test.json"]]
-        if a_set.diagnose:
-            commands.append(["scripts/diagnose.py", *best, "--json", folder / "diagnosis.json"])
-        else:
-            commands.append([*test, folder / "test-qb.json", "--qb_norm", 20])
-        return [list(map(str, command)) for command in commands]
+        tests = ([*test.split(), folder / file, *best] for file, test in a_set.tests.items())
+        return [list(map(str, command)) for command in (train, *tests)]
 
     def logs(self, opt: argparse.Namespace) -> dict[Path, Path]:
         """Each log in --runs, and where it is kept."""
         made, kept = self.folder(opt.runs), self.folder(opt.results)
-        diagnose = SETS[self.set_name].diagnose
-        names = ["checkpoint/metrics.jsonl", "test.json"]
-        names.append("diagnosis.json" if diagnose else "test-qb.json")
-        return {made / name: kept / Path(name).name for name in names}
+        logs = {made / "checkpoint/metrics.jsonl": kept / "metrics.jsonl"}
+        return logs | {made / file: kept / file for file in SETS[self.set_name].tests}
 
     def carry_out(self, opt: argparse.Namespace) -> bool:
         """Train, evaluate and keep the logs; False if one of the commands failed."""
