@@ -59,7 +59,7 @@ from vocab import Vocabulary, build_from_data, read_word_vectors, vocab_file
 RECIPES = {
     "official": {},
     "modern": {
-        "loss": "contrastive", "encoder_epochs": 20, "size_augmentation": 0.2,
+        "loss": "contrastive", "encoder_epochs": 15, "size_augmentation": 0.2,
         "feature_dropout": 0.5, "ema": 0.999,
         "learning_rate": 1e-3, "lr_update": 0, "lr_warmup": 200,
     },
