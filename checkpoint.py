@@ -112,7 +112,7 @@ def load_checkpoint(path: str | Path) -> dict:
         if isinstance(raw["model"], list | tuple):
             return raw | _translate_official(raw["model"], opt)
         return raw | {"opt": opt, "official": False}
-    except (InputError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not an LHSC checkpoint: {error}") from error
 
 
@@ -125,19 +125,14 @@ def _translate_official(states: list[dict], opt: dict) -> dict:
     def text(value: object) -> object:  # Python 2's strings are bytes
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
-    def shape(name: str) -> torch.Size:
-        if name not in state:
-            raise InputError(f"an official checkpoint without {name}")
-        return state[name].shape
-
     def count(layers: str) -> int:
         return len({name.removeprefix(layers).split(".")[0] for name in state if layers in name})
 
     opt = {text(name): text(value) for name, value in opt.items()} | {
         # sizes are read from the weights, which cannot lie
-        "vocab_size": shape("text_encoder.embed.weight")[0],
-        "img_dim": shape("image_encoder.fc.weight")[1],
-        "num_regions": shape("similarity.region_pooling.local_bn.weight")[0],
+        "vocab_size": state["text_encoder.embed.weight"].shape[0],
+        "img_dim": state["image_encoder.fc.weight"].shape[1],
+        "num_regions": state["similarity.region_pooling.local_bn.weight"].shape[0],
         "graph_layers": count("image_encoder.graph.layers."),
         "text_layers": count("text_encoder.self_attention."),
         "embed_dropout": 0.4,
@@ -151,7 +146,7 @@ def _translate_official(states: list[dict], opt: dict) -> dict:
 def rename_official(image: dict, text: dict, similarity: dict) -> dict[str, Tensor]:
     """The three official state dicts -> one state dict of LHSC.
 
-    Raises InputError if an official name is not in the table or a head of θ or φ is missing.
+    Raises InputError if an official name is not in the table, KeyError if one is missing.
     """
     state: dict[str, Tensor] = {}
     states = {"img_enc": dict(image), "txt_enc": dict(text), "sim_enc": dict(similarity)}
@@ -159,8 +154,6 @@ def rename_official(image: dict, text: dict, similarity: dict) -> dict[str, Tens
         head = re.compile(r"\.(theta|phi)\.")
         for name in [n for n in official if head.search(n)]:
             heads = [head.sub(rf".\g<1>{k}.", name) for k in _HEADS]
-            if missing := [h for h in heads if h not in official]:
-                raise InputError(f"as an official checkpoint {part} lacks {missing[0]}")
             official[name] = torch.cat([official.pop(h) for h in heads])
         for name, tensor in official.items():
             is_conv = tensor.dim() == 3 and tensor.shape[-1] == 1
@@ -204,7 +197,11 @@ def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
     try:
         with torch.device("meta"):  # takes no memory, whatever the options say
             model = build_model(**{name: opt[name] for name in MODEL_OPTIONS})
-        _compare(weights, model.state_dict())
+        for name, expected in model.state_dict().items():
+            tensor = weights.get(name, expected)  # load_state_dict says what is missing
+            is_dense = tensor.layout == torch.strided and not tensor.is_complex()
+            if tensor.is_floating_point() != expected.is_floating_point() or not is_dense:
+                raise ValueError(f"{name} holds {tensor.dtype}, {tensor.layout}")
         weights = {k: x.float() if x.is_floating_point() else x for k, x in weights.items()}
         model.load_state_dict(weights, assign=True)
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -216,19 +213,6 @@ def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
 def is_of_type(value: object, kind: type) -> bool:
     """Whether an option has its type; an integer is a float too, but a bool is no integer."""
     return type(value) is kind or (kind is float and type(value) is int)
-
-
-def _compare(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError unless names, shapes and kinds of numbers are as expected."""
-    if differing := weights.keys() ^ expected.keys():
-        raise ValueError(f"{min(differing)} is in only one of them")
-    for name, tensor in weights.items():
-        wanted = expected[name]
-        if tensor.shape != wanted.shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(wanted.shape)}")
-        is_dense = tensor.layout == torch.strided and not tensor.is_complex()
-        if tensor.is_floating_point() != wanted.is_floating_point() or not is_dense:
-            raise ValueError(f"{name} holds {tensor.dtype}, {tensor.layout}")
 
 
 # -- writing, and the checkpoints of a run --------------------------------------------------------

@@ -54,8 +54,23 @@ all_reduce, all_gather = _checked(dist.all_reduce), _checked(dist.all_gather)
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Around all that the ranks do: they start and leave together. Gives this rank's device."""
-    device = _init_process_group(device)
+    """Around all that the ranks do: they start and leave together. Gives this rank's device.
+
+    A process that torchrun has not started stays alone, and keeps the device.
+
+    Raises InputError if there are fewer CUDA devices than processes.
+    """
+    if not dist.is_torchelastic_launched():
+        yield device
+        return
+    if device.type == "cuda":
+        local, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= n:
+            raise InputError(f"torchrun --nproc_per_node: there are only {n} CUDA devices")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    _checked(dist.init_process_group)(backend, timeout=TIMEOUT)
     try:
         yield device
     except SystemExit:
@@ -70,30 +85,8 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
 def _leave() -> None:
     """Wait for the others, which may still be writing."""
-    if dist.is_initialized():
-        _checked(dist.barrier)()
-        dist.destroy_process_group()
-
-
-def _init_process_group(device: torch.device) -> torch.device:
-    """Join the other ranks that torchrun has started; returns the device of this one.
-
-    A process that torchrun has not started stays alone, and keeps the device.
-
-    Raises InputError if there are fewer CUDA devices than processes.
-    """
-    if not dist.is_torchelastic_launched():
-        return device
-    if device.type == "cuda":
-        local, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= n:
-            raise InputError(f"torchrun --nproc_per_node: there are only {n} CUDA devices")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        _checked(dist.init_process_group)(backend, timeout=TIMEOUT)
-    return device
+    _checked(dist.barrier)()
+    dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -117,15 +110,6 @@ def rank_slice(n: int) -> slice:
 def print_on_main(line: str) -> None:
     if is_main_process():
         print(line, flush=True)
-
-
-def all_reduce_max(number: int, device: torch.device) -> int:
-    """The largest of the ranks' numbers."""
-    if world_size() == 1:
-        return number
-    tensor = torch.tensor(number, device=device)
-    all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
 
 
 # -- collectives that pass gradients --------------------------------------------------------------
@@ -215,22 +199,10 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the gradients of all ranks, in one exchange."""
     if world_size() == 1:
         return
-    parameters = [p for p in parameters if p.requires_grad]
-    for p in parameters:
-        if p.grad is None:  # of a rank whose share was empty
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = nn.utils.parameters_to_vector(grads)
     all_reduce(flat)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(grad.view_as(p))
-
-
-def broadcast_object(value: object) -> object:
-    """What the main process has, on every rank."""
-    values = [value]
-    if world_size() > 1:
-        _checked(dist.broadcast_object_list)(values)
-    return values[0]
+    nn.utils.vector_to_parameters(flat, grads)
 
 
 def all_gather_object(value: object) -> list:

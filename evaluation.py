@@ -136,17 +136,16 @@ def caption_chunks(lengths: torch.Tensor, n_words: int) -> list[slice]:
     return [*chunks, slice(start, len(lengths))] if words else chunks
 
 
-def fold_slices(dataset: PrecompDataset) -> list[tuple[slice, slice]]:
+def fold_slices(n_images: int, n_captions: int) -> list[tuple[slice, slice]]:
     """Five equal, consecutive folds: the images and the captions of each.
 
     Raises InputError if the images cannot be divided so.
     """
-    n_images, per_image = dataset.n_images, dataset.captions_per_image
-    if n_images % N_FOLDS or len(dataset) != n_images * per_image:
+    if n_images % N_FOLDS or n_captions % n_images:
         raise InputError(f"--fold5: {n_images} images do not make {N_FOLDS} equal folds")
-    size = n_images // N_FOLDS
+    rows, columns = n_images // N_FOLDS, n_captions // N_FOLDS
     return [
-        (slice(k * size, (k + 1) * size), slice(k * size * per_image, (k + 1) * size * per_image))
+        (slice(k * rows, (k + 1) * rows), slice(k * columns, (k + 1) * columns))
         for k in range(N_FOLDS)
     ]
 
@@ -180,7 +179,7 @@ def evaluate(
 
     Raises InputError if a score is not finite.
     """
-    folds = fold_slices(dataset) if fold5 else []
+    folds = fold_slices(dataset.n_images, len(dataset)) if fold5 else []
     whole = (slice(0, dataset.n_images), slice(0, len(dataset)))
     wanted = folds if fold5 and not want_sims else [whole]
     products = [(dataset, i, dataset, c) for i, c in wanted]  # whose images, whose captions

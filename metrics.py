@@ -142,15 +142,7 @@ def resampled(folds: list[np.ndarray], n_samples: int, seed: int) -> np.ndarray:
     are, with replacement, each with its captions. The gallery stays whole, so ranks stay as they
     are and both directions share the draw: what another gallery, or another seed of training,
     would do is not in these numbers.
-
-    Raises ValueError for no samples, no images or hits that are no numbers.
     """
-    if n_samples < 1 or not folds or min(map(len, folds)) < 2:
-        raise ValueError(
-            f"{n_samples} samples of {[len(f) for f in folds]} images: nothing to draw"
-        )
-    if not all(np.isfinite(hits).all() for hits in folds):
-        raise ValueError("hits that are NaN or infinite")
     rng = np.random.default_rng(seed)
     means = np.zeros((n_samples, len(RECALLS)))
     for hits in folds:
@@ -185,11 +177,7 @@ def paired_bootstrap(
 
     a, b: as in `resampled`, of two models on the same test set, in the same order; each sample
     draws the same images for both.
-
-    Raises ValueError if they are not of as many images.
     """
-    if [len(x) for x in a] != [len(x) for x in b]:
-        raise ValueError(f"{[len(x) for x in a]} images and {[len(x) for x in b]}: not the same")
     samples = (resampled(b, n_samples, seed) - resampled(a, n_samples, seed)).sum(axis=1)
     rsum_a, rsum_b = (rsum_of(folds) for folds in (a, b))
     return {"samples": n_samples, "difference": rsum_b - rsum_a, "interval": interval(samples)}

@@ -110,7 +110,7 @@ def resume_options(opt: argparse.Namespace, given: dict) -> tuple[argparse.Names
     path, saved = Path(opt.resume or opt.model_name), None
     if is_main_process() and not path.is_file():
         path, saved = load_latest(path)
-    path = Path(str(distributed.broadcast_object(str(path))))
+    path = distributed.all_gather_object(path)[0]  # the main process's
     saved = saved or load_checkpoint(path)
     if missing := {"run", "optimizer", "random", "vocab"} - saved.keys():
         raise InputError(
@@ -379,9 +379,9 @@ class StopSignal:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def agreed(self, device: torch.device) -> int:
+    def agreed(self) -> int:
         """The signal that any process has had, 0 for none: all stop after the same step."""
-        return distributed.all_reduce_max(self.signal, device)
+        return max(distributed.all_gather_object(self.signal))
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import importlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import timeit
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, TextIO
 
 import torch
@@ -85,6 +87,14 @@ def _exit_with(message: str) -> None:
 def _silence(stream: TextIO) -> None:
     """Keep Python's exit from writing, and failing, once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def import_extra(name: str) -> ModuleType:
+    """Import a package of requirements-extra.txt. Raises InputError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{error}; pip install -r requirements-extra.txt") from error
 
 
 # -- files ----------------------------------------------------------------------------------------

@@ -4,12 +4,11 @@
     python scripts/benchmark.py scoring --quick         # smaller, under a minute
     python scripts/benchmark.py search --checkpoints runs/demo/checkpoint/model_best.pth.tar
     python scripts/benchmark.py --device cuda --json results/speed/gpu.json
-    python scripts/benchmark.py --write                 # results/speed/*.json → results/README.md
 
 scoring     100 images × 500 captions from their embeddings (on a GPU 1,000 × 1,000)
 training    a step at batch 128: of the paper's size (D 1024), and of one for CPUs (D 256)
 encoding    200 images and their 1,000 captions
-search      recall with few candidates, and time per query; runs only if named
+search      recall of --checkpoints with few candidates; runs only if named
 processes   a training step by one process and by several, one thread or one GPU each
 
 The model is random. The captions are as long as Flickr30K's. What is compared takes turns, and
@@ -28,14 +27,13 @@ import ctypes
 import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,20 +42,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 import numpy as np
 import torch
+from helpers import resident
 from reference import OfficialLHSC, score_loop
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import distributed
 from attention import word_mean
 from checkpoint import rename_official
-from data import Batch, Captions, PrecompDataset, pad
+from data import Batch, Captions, PrecompDataset, collate
 from evaluation import encode_captions, encode_images, load, score
 from metrics import recalls, t2i_ranks
-from model import LHSC, EncodedImages, triplet_loss
+from model import LHSC, triplet_loss
 from utils import (
     InputError,
-    at_least,
     check_targets,
     choose_matmul,
     cpu_name,
@@ -65,7 +62,6 @@ from utils import (
     products_are_exact,
     select_device,
     write_json,
-    write_text,
 )
 from vocab import SPECIAL_TOKENS, Vocabulary
 
@@ -92,13 +88,9 @@ def models(size: Size, device: torch.device) -> tuple[OfficialLHSC, LHSC]:
     return official.to(device).eval(), ours.to(device).eval()
 
 
-def vocabulary() -> Vocabulary:
-    words = (f"w{k}" for k in range(VOCAB_SIZE - len(SPECIAL_TOKENS)))
-    return Vocabulary([*SPECIAL_TOKENS, *words])
-
-
 def random_captions(n: int) -> Captions:
     """n captions with lengths like Flickr30K's: log-normal, mean 15.6, 5 to 81 words."""
+    known = (f"w{k}" for k in range(VOCAB_SIZE - len(SPECIAL_TOKENS)))
     rng = np.random.default_rng(1)
     lengths = np.exp(np.log(14.7) + 0.35 * rng.standard_normal(n)).round().clip(5, LONGEST)
     words = rng.integers(VOCAB_SIZE - len(SPECIAL_TOKENS), size=(n, LONGEST))
@@ -106,14 +98,12 @@ def random_captions(n: int) -> Captions:
         " ".join(f"w{k}" for k in row[: int(length) - 2])
         for row, length in zip(words, lengths, strict=True)
     ]
-    return Captions(texts, vocabulary())
+    return Captions(texts, Vocabulary([*SPECIAL_TOKENS, *known]))
 
 
 def random_batch(size: Size, n: int) -> Batch:
-    captions = random_captions(n)
-    order = captions.lengths.argsort(descending=True)
-    padded, lengths = pad([captions.words(int(k)) for k in order])
-    return Batch(torch.rand(n, size.R, size.img_dim), padded, lengths, order, order)
+    captions, images = random_captions(n), torch.rand(n, size.R, size.img_dim)
+    return collate([(images[k], captions.words(k), k, k) for k in range(n)])
 
 
 def random_images(size: Size, n: int) -> SimpleNamespace:
@@ -147,15 +137,11 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> float | Non
         work()
         return None
 
-    def status(name: str) -> float:
-        text = Path("/proc/self/status").read_text()
-        return 1.024e-3 * int(re.search(rf"{name}:\s+(\d+) kB", text)[1])
-
     ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or it would be used unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = status("VmRSS")
+    before = resident()
     work()
-    return status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 Works = dict[str, Callable[[], object]]  # what is compared, by name
@@ -330,10 +316,9 @@ def encoding(opt: argparse.Namespace, machine: dict, device: torch.device) -> li
 
     @torch.inference_mode()
     def loop() -> None:
-        for rows in torch.arange(5 * n_images).split(100):
+        for padded, lengths, rows in captions.caption_blocks(torch.arange(5 * n_images), 100):
             (block,) = images.image_blocks(100, rows // 5)
             official.img_enc(block.to(device))
-            padded, lengths = pad([captions.words(int(k)) for k in rows])
             official.txt_enc(padded.to(device), lengths)
 
     def each_once(_: torch.dtype | None) -> None:
@@ -378,14 +363,14 @@ def worker(opt: argparse.Namespace, device: torch.device) -> None:
 
 
 def search(opt: argparse.Namespace, machine: dict, device: torch.device) -> list[dict]:
+    """Text-to-image recalls on test if only the best candidates are scored."""
     use(machine["chosen"])
-    return [*map(candidate_recalls, opt.checkpoints), *map(query_times, opt.images)]
+    return [*map(candidate_recalls, opt.checkpoints)]
 
 
 @torch.inference_mode()
 def candidate_recalls(checkpoint: Path) -> dict:
-    """Text-to-image recalls on test if only the best candidates are scored."""
-    from search import CandidateMap
+    from search import candidate_fit
 
     model, settings, vocab = load(checkpoint, argparse.Namespace())
     data = PrecompDataset(settings["data_path"], settings["data_name"], "test", vocab)
@@ -393,9 +378,8 @@ def candidate_recalls(checkpoint: Path) -> dict:
     images, captions = encode_images(model, data, device), encode_captions(model, data, device)
     sims = torch.from_numpy(score(model, images, captions))  # (n_images, n_captions)
     best = sims.topk(min(10, len(sims)), dim=0).indices
-    candidate_map = CandidateMap.of(model.similarity)
-    queries = map(candidate_map.query, word_mean(captions.word_emb, captions.lengths))
-    order = candidate_map.stored(images.region_emb.mean(1)) @ torch.stack([*queries]).T
+    words = word_mean(captions.word_emb, captions.lengths)
+    order = candidate_fit(model.similarity, images.region_emb.mean(1), words)
     row = {"text to image: R@1 / R@10 (of the ten best, kept)": f"{data.name} {data.split}"}
     for k in (*(k for k in CANDIDATES if k < data.n_images), data.n_images):
         kept = torch.zeros_like(sims, dtype=torch.bool)
@@ -405,35 +389,6 @@ def candidate_recalls(checkpoint: Path) -> dict:
         name = "all" if k == data.n_images else f"{k} candidates"
         row[name] = f"{found['r1']:.1f} / {found['r10']:.1f} ({share:.0%})"
     return row
-
-
-def query_times(n: int) -> dict:
-    """Median time of a sentence of 12 words against n images."""
-    from search import Index, write_index
-
-    size = SIZES["small"]
-    _, model = models(size, torch.device("cpu"))
-
-    def blocks() -> Iterator[EncodedImages]:
-        for block in torch.arange(n).split(2000):
-            regions = torch.randn(len(block), 1, size.D) + torch.randn(len(block), size.R, size.D)
-            regions = normalize(regions, dim=-1)
-            yield EncodedImages(regions, normalize(regions.mean(1), dim=-1))
-
-    times, rng = [], np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        write_index(Path(folder), [str(k) for k in range(n)], blocks(), [])
-        index = Index(Path(folder), model, vocabulary())
-        for _ in range(21):
-            sentence = " ".join(f"w{k}" for k in rng.integers(8000, size=12))
-            start = time.perf_counter()
-            caption = index.encode(sentence)
-            encoded = time.perf_counter()
-            index.images_for(caption, top=10)
-            times.append((encoded - start, time.perf_counter() - encoded))
-    encode, find = 1e3 * np.median(times[1:], axis=0)  # the first one warms up
-    return {"images in the index": n, "ms to encode a sentence": encode,
-            "ms to find its images": find}  # fmt: skip
 
 
 # -- tables ---------------------------------------------------------------------------------------
@@ -464,15 +419,6 @@ def cell(value: str | float | None) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def write_tables() -> None:
-    """The tables of results/speed/*.json, between the markers in results/README.md."""
-    from results import fill
-
-    readme, files = ROOT / "results/README.md", sorted((ROOT / "results/speed").glob("*.json"))
-    tables = "\n\n".join(markdown(json.loads(file.read_text())) for file in files)
-    write_text(readme, fill(readme.read_text(encoding="utf-8"), "speed", tables, readme))
-
-
 # -- the command ----------------------------------------------------------------------------------
 
 PARTS = {part.__name__: part for part in (scoring, training, encoding, search, processes)}
@@ -487,16 +433,11 @@ def main() -> None:
     add("--quick", action="store_true", help="smaller and fewer")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--json", type=Path, metavar="FILE", help="add the figures to those in this file")
-    add("--write", action="store_true", help="only write the tables into results/README.md")
     add("--checkpoints", nargs="+", default=[], type=Path, help="search: trained models")
-    add("--images", nargs="+", default=[1_000, 100_000], type=at_least(1), metavar="N",
-        help="search: sizes of indexes; a million images take 21 GB in $TMPDIR")  # fmt: skip
     add("--worker", type=Path, help=argparse.SUPPRESS)
     opt = parser.parse_args()
     if unknown := set(opt.parts) - PARTS.keys():
         parser.error(f"no part {min(unknown)}: choose from {', '.join(PARTS)}")
-    if opt.write:
-        return write_tables()
     device = select_device(opt.device)
     if opt.worker:
         return worker(opt, device)

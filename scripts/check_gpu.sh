@@ -56,7 +56,6 @@ with process_group(torch.device(sys.argv[1])) as device:
     dist.all_reduce(total)
     dist.all_gather(parts, x)
     dist.all_gather_object(objects, "here")
-    dist.broadcast_object_list(objects)
     assert torch.equal(total, x) and torch.equal(parts[0], x) and objects == ["here"]
     print(dist.get_backend())
 PYTHON

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import open_array
-from evaluation import N_FOLDS
+from evaluation import fold_slices
 from metrics import image_hits, paired_bootstrap, rsum_of
 from utils import InputError, one_line
 
@@ -33,25 +33,18 @@ def load_sims(path: Path) -> np.ndarray:
     return sims
 
 
-def fold_hits(sims: np.ndarray, n_folds: int) -> list[np.ndarray]:
-    """What each image adds to the recalls, fold by fold (metrics.image_hits)."""
-    rows, columns = (n // n_folds for n in sims.shape)
-    image_of_caption = np.arange(columns) // (columns // rows)
-    blocks = (sims[k * rows :][:rows, k * columns :][:, :columns] for k in range(n_folds))
-    return [image_hits(block, image_of_caption) for block in blocks]
-
-
 @one_line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("sims", nargs=2, type=Path, help="files of evaluation.py --save_sims")
     parser.add_argument("--fold5", action="store_true", help="mean over five folds")
     opt = parser.parse_args()
-    n_folds = N_FOLDS if opt.fold5 else 1
     a, b = map(load_sims, opt.sims)
-    if a.shape != b.shape or len(a) % n_folds:
-        raise InputError(f"scores {a.shape} and {b.shape}: expected the same, in {n_folds} folds")
-    hits = [fold_hits(sims, n_folds) for sims in (a, b)]
+    if a.shape != b.shape:
+        raise InputError(f"scores {a.shape} and {b.shape}: expected the same")
+    folds = fold_slices(*a.shape) if opt.fold5 else [(slice(None), slice(None))]
+    image_of_caption = np.arange(a.shape[1])[folds[0][1]] // (a.shape[1] // len(a))
+    hits = [[image_hits(sims[i, c], image_of_caption) for i, c in folds] for sims in (a, b)]
     for path, of_images in zip(opt.sims, hits, strict=True):
         print(f"{path}: rsum {rsum_of(of_images):.1f}")
     result = paired_bootstrap(*hits)

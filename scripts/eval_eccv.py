@@ -38,7 +38,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from compare import load_sims
 from prepare_captions import PER_IMAGE, image_key, read_id_list
 
-from utils import InputError, check_targets, one_line, write_json
+from utils import InputError, check_targets, import_extra, one_line, write_json
 from vocab import read_captions
 
 Matches = Mapping[int, list[int]]  # the right answers of each query, by COCO's ids
@@ -47,11 +47,7 @@ Matches = Mapping[int, list[int]]  # the right answers of each query, by COCO's 
 def load_benchmarks() -> Any:
     """The package's `Metrics`, which has the right answers: coco_gts, eccv_gts, cxc_gts."""
     warnings.filterwarnings("ignore", message="failed to import `ujson`")
-    try:
-        from eccv_caption import Metrics
-    except ImportError as error:
-        raise InputError(f"{error}: pip install -r requirements-extra.txt") from error
-    return Metrics()
+    return import_extra("eccv_caption").Metrics()
 
 
 def read_image_ids(path: Path, known: Matches) -> list[int]:

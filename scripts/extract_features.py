@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import itertools
 import math
 import shutil
@@ -33,7 +32,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import BinaryIO
 
 import numpy as np
@@ -47,6 +45,7 @@ from utils import (
     InputError,
     atomic_write,
     check_targets,
+    import_extra,
     one_line,
     progress,
     select_device,
@@ -57,14 +56,6 @@ EFFICIENTNET = "efficientnet-lite2"
 GRID = 6  # cells per side
 BATCH = 32  # pictures that go through the backbone at once
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-def import_extra(name: str) -> ModuleType:
-    """Import a package of requirements-extra.txt. Raises InputError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"{error}; pip install -r requirements-extra.txt") from error
 
 
 # -- pictures -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+import benchmark
 from ablations import RECIPE_EPOCHS, SETS
 from diagnose import KINDS
 from visualize import curves_figure, plt, read_log
@@ -166,6 +167,11 @@ def paper_tables() -> str:
     return f"{markdown(measured)}\n\n{markdown(steps)}" if measured else markdown(steps)
 
 
+def speed_tables() -> str:
+    files = sorted((ROOT / "results/speed").glob("*.json"))
+    return "\n\n".join(benchmark.markdown(read_json(file)) for file in files)
+
+
 def scenes_figure(found: dict[str, list[Seed]]) -> plt.Figure:
     """What each variant gets right of each kind: a bar to the mean, a dot a seed."""
     size = (12, 0.8 + 0.36 * len(found))
@@ -214,7 +220,7 @@ def main() -> None:
     }  # fmt: skip
     tables = {
         ROOT / "README.md": {"results": markdown(short)},
-        ROOT / "results/README.md": long | {"paper": paper_tables()},
+        ROOT / "results/README.md": long | {"paper": paper_tables(), "speed": speed_tables()},
     }
     for path, by_name in tables.items():
         before = text = path.read_text(encoding="utf-8")

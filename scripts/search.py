@@ -10,15 +10,15 @@ of its pictures). The model is pretrained/flickr8k unless --model_path names ano
 become regions as in extract_features.py, with the projection.npz beside the model. The index
 is kept in PHOTOS.index (or --index), and updated when a picture or the model changed.
 
-Up to 2,000 images, LHSC scores all; beyond that 200 candidates. LHSC's score is not an inner
-product. But its local alignment becomes one if every word attends to all regions equally and counts
-equally, and nothing is divided by its length. With the mean region v, the mean word q, P and p of
-the local alignment, w of the score, and c = Pᵀ w:
+Up to 2,000 images, LHSC scores all; beyond that 200 candidates. LHSC's local alignment becomes
+cheap if every word attends to all regions equally and counts equally, and nothing is divided by its
+length. With the mean region v, the mean word q, P and p of the local alignment, w of the score, and
+c = Pᵀ w:
 
-    w · (P (v − q)² + p) = Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d + what does not depend on the image,
+    w · (P (v − q)² + p) = Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d + what does not depend on the image.
 
-the inner product of [v, Σ_d c_d v_d²] and [−2 c ∘ q, 1]. The candidates are the images where it is
-largest. `benchmark.py search` measures how many of LHSC's answers they keep.
+The candidates are the images where this is largest. `benchmark.py search` measures how many of
+LHSC's answers they keep.
 
 Shape letters: n images, B images of a block, R regions, D joint size.
 """
@@ -31,7 +31,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,24 +63,14 @@ Hit = tuple[int, float]  # an image of the index, and its score
 # -- candidates -----------------------------------------------------------------------------------
 
 
-class CandidateMap(NamedTuple):
-    """The inner product that picks the candidates."""
+def candidate_fit(similarity: Similarity, image_mean: Tensor, word_mean: Tensor) -> Tensor:
+    """Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d of mean regions (n, D) and mean words (C, D) -> (n, C).
 
-    c: Tensor  # (D,) Pᵀ w
-
-    @classmethod
-    def of(cls, similarity: Similarity) -> "CandidateMap":
-        """The map of a model's similarity. Raises InputError if it has no local alignments."""
-        similarity = with_local_alignments(similarity)
-        return cls((similarity.score_fc.weight[0] @ similarity.local_fc.weight).detach().cpu())
-
-    def stored(self, image_mean: Tensor) -> Tensor:
-        """Mean regions (n, D) -> image vectors (n, D+1)."""
-        return torch.cat([image_mean, image_mean.square() @ self.c[:, None]], dim=1)
-
-    def query(self, word_mean: Tensor) -> Tensor:
-        """A mean word (D,) -> the vector to search with (D+1,)."""
-        return torch.cat([-2 * self.c * word_mean, torch.ones_like(self.c[:1])])
+    Raises InputError if the similarity has no local alignments.
+    """
+    similarity = with_local_alignments(similarity)
+    c = (similarity.score_fc.weight[0] @ similarity.local_fc.weight).cpu()  # (D,) Pᵀ w
+    return image_mean.square() @ c[:, None] - 2 * image_mean @ (c * word_mean).T
 
 
 # -- an index on disk -----------------------------------------------------------------------------
@@ -119,12 +108,10 @@ class Index:
     def __init__(self, folder: Path, model: LHSC, vocab: Vocabulary) -> None:
         self.model, self.vocab = model.eval(), vocab
         self.device = next(model.parameters()).device
-        self.map = CandidateMap.of(model.similarity)
         self.ids = json.loads((folder / "index.json").read_text())["ids"]
         self.region_emb = open_array(folder / "region_emb.npy")  # (n, R, D)
         self.image_global = torch.from_numpy(np.array(open_array(folder / "image_global.npy")))
-        image_mean = torch.from_numpy(np.array(open_array(folder / "image_mean.npy")))
-        self.vectors = self.map.stored(image_mean)  # (n, D+1)
+        self.image_mean = torch.from_numpy(np.array(open_array(folder / "image_mean.npy")))
 
     def encode(self, sentence: str) -> EncodedCaptions:
         """A sentence as one encoded caption."""
@@ -140,8 +127,9 @@ class Index:
         """The images that score highest with a caption: of all, or of the candidates."""
         rows = np.arange(len(self.ids))
         if len(rows) > EXHAUSTIVE:
-            query = self.map.query(word_mean(caption.word_emb, caption.lengths)[0].cpu())
-            rows = (self.vectors @ query).topk(CANDIDATES).indices.sort().values.numpy()
+            words = word_mean(caption.word_emb, caption.lengths).cpu()  # (1, D)
+            fit = candidate_fit(self.model.similarity, self.image_mean, words)[:, 0]
+            rows = fit.topk(CANDIDATES).indices.sort().values.numpy()
         chunks = np.split(rows, range(SCORE_CHUNK, len(rows), SCORE_CHUNK))
         sims = [self.model.similarity.score(self.images(chunk), caption) for chunk in chunks]
         return best(rows, torch.cat(sims)[:, 0], top)

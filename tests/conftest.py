@@ -23,13 +23,6 @@ GOLDENS = Path(__file__).resolve().parent / "goldens"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 
-def pytest_terminal_summary(terminalreporter):
-    """How many tests lacked a browser."""
-    skipped = terminalreporter.getreports("skipped")
-    if n := sum("no Chromium" in str(report.longrepr) for report in skipped):
-        terminalreporter.write_line(f"{n} browser tests skipped: no Chromium")
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -49,7 +42,7 @@ def switch():
 def golden():
     """Numbers from the official code on a small random model, by name."""
     with np.load(GOLDENS / "released_a.npz", allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+        return dict(file)
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +112,9 @@ def load_split(folder, split, data_name="tiny", **options):
 
 
 def contents(folder):
-    """The files below a folder with their bytes, and the folders."""
-    return {path: path.is_dir() or path.read_bytes() for path in Path(folder).rglob("*")}
+    """The files below a folder with their bytes, and the folders, by their path there."""
+    found = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*")}
+    return {name: path.is_dir() or path.read_bytes() for name, path in found.items()}
 
 
 SMALL = [
@@ -140,16 +134,14 @@ def log_of(folder, *types):
 def call(folder, main, *arguments):
     """Run a script's main() in `folder` as from a shell, but in this process, which is faster."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    before, sys.argv, here = sys.argv, ["program", *map(str, arguments)], os.getcwd()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        os.chdir(here)
-        sys.argv = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        patch.chdir(folder)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main()
+        except SystemExit as end:
+            code = end.code or 0
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 

@@ -31,6 +31,6 @@ def grads_of(module):
 
 
 def resident(what="VmRSS"):
-    """Megabytes."""
+    """Megabytes (10⁶ bytes) of this process."""
     text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{what}:\s+(\d+) kB", text)[1]) / 1024
+    return 1.024e-3 * int(re.search(rf"{what}:\s+(\d+) kB", text)[1])

@@ -2,9 +2,8 @@
 
     python steps.py OUT [VICTIM]
 
-in the folder of a trained model: OUT gets steps.pt, some training steps of each model in each
-precision, and the metrics and scores of some evaluations. At the end rank VICTIM kills itself
-while the others wait for it.
+in the folder of a trained model: OUT gets steps.pt, some training steps of each model, and the
+metrics and scores of some evaluations. At the end rank VICTIM kills itself while the others wait.
 """
 
 import os
@@ -19,7 +18,7 @@ sys.path.insert(0, str(TESTS.parent))
 import distributed
 import evaluation
 from baselines import SIMILARITIES, build_model
-from data import Batch
+from data import Batch, pad
 from train import train_step
 from utils import one_line
 
@@ -38,9 +37,7 @@ def batch(size: int, dtype: torch.dtype) -> Batch:
     """A global batch, longest caption first."""
     generator = torch.Generator().manual_seed(size)
     lengths = torch.randint(2, 9, (size,), generator=generator).sort(descending=True).values
-    captions = torch.zeros(size, int(lengths.max()), dtype=torch.long)
-    for row, length in enumerate(lengths):
-        captions[row, :length] = torch.randint(4, 30, (int(length),), generator=generator)
+    captions, _ = pad([torch.randint(4, 30, (int(n),), generator=generator) for n in lengths])
     images = torch.randn(size, 6, 10, generator=generator).to(dtype)
     return Batch(images, captions, lengths, torch.arange(size) // 2, torch.arange(size))
 
@@ -73,9 +70,8 @@ def steps(similarity: str, dtype: torch.dtype, mixed: torch.dtype | None = None)
 def main() -> None:
     out, *victim = sys.argv[1:]
     with distributed.process_group(torch.device("cpu")) as device:
-        results = {"bf16": {"lhsc": steps("lhsc", torch.float32, torch.bfloat16)}}
-        for dtype in (torch.float64, torch.float32):
-            results[str(dtype)] = {name: steps(name, dtype) for name in SIMILARITIES}
+        results = {name: steps(name, torch.float64) for name in SIMILARITIES}
+        results["bf16"] = steps("lhsc", torch.float32, torch.bfloat16)
         if distributed.is_main_process():
             torch.save(results, f"{out}/steps.pt")
         for name, options in EVALUATIONS.items():
@@ -84,7 +80,7 @@ def main() -> None:
         if victim == [str(distributed.rank())]:
             os.kill(os.getpid(), signal.SIGKILL)
         if victim:
-            distributed.broadcast_object(None)
+            distributed.all_gather_object(None)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import benchmark
 import pytest
 import torch
-from conftest import ROOT, call, refused, succeeded
+from conftest import call, refused, succeeded
 
 from utils import InputError, products_are_exact
 
@@ -53,44 +53,28 @@ def test_what_is_compared_takes_turns_and_more_than_the_limit_is_an_error():
         benchmark.compare("nothing", works, 1, CPU, {"fp32": lambda: 1e3})
 
 
-def test_the_limit_is_the_faster_of_two_products():
-    slower, faster = sorted(benchmark.rate("default", CPU, n, 8) for n in (2, 128))
-    assert 0 < slower < faster
-
-
 def test_captions_are_as_long_as_those_of_flickr30k():
     lengths = benchmark.random_captions(5000).lengths.float()
     assert 15 < lengths.mean() < 16.2 and lengths.min() >= 5 and 40 < lengths.max() <= 81
 
 
-def test_the_command_adds_to_its_file(tmp_path):
-    command = [benchmark.main, "search", "--json", "b.json", "--images"]
-    succeeded(call(tmp_path, *command, 40))
+def test_the_command_adds_to_its_file(tmp_path, monkeypatch):
+    part = lambda opt, machine, device: [{"quick": str(opt.quick)}]  # noqa: E731
+    monkeypatch.setitem(benchmark.PARTS, "encoding", part)
+    command = [benchmark.main, "encoding", "--json", "b.json"]
+    succeeded(call(tmp_path, *command))
     found = json.loads((tmp_path / "b.json").read_text())
-    assert found["search"][0]["images in the index"] == 40
+    assert found["encoding"] == [{"quick": "False"}]
     (tmp_path / "b.json").write_text(json.dumps(found | {"processes": [{"processes": 7}]}))
-    printed = succeeded(call(tmp_path, *command, 50))
-    assert "| 50 |" in printed and "| 7 |" in printed and "| 40 |" not in printed
+    printed = succeeded(call(tmp_path, *command, "--quick"))
+    assert "| True |" in printed and "| 7 |" in printed and "| False |" not in printed
     refused(call(tmp_path, benchmark.main, "scorn"), "scorn", "scoring")
     (tmp_path / "b.json").write_text(json.dumps({"machine": MACHINE}))
-    refused(call(tmp_path, *command, 50), "b.json", "another machine")
+    refused(call(tmp_path, *command), "b.json", "another machine")
 
 
-def test_tables_are_written_between_their_markers(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
-    (tmp_path / "results/speed").mkdir(parents=True)
+def test_rows_with_the_same_columns_make_a_table():
     rows = [{"way": "fp32", "seconds": 0.12345}, {"way": "bf16", "seconds": 1234.5}, {"other": 1}]
-    result = {"machine": MACHINE, "scoring": rows}
-    (tmp_path / "results/speed/cpu.json").write_text(json.dumps(result))
-    readme = tmp_path / "results/README.md"
-    readme.write_text("before <!-- speed: begin -->old<!-- speed: end --> after")
-    benchmark.write_tables()
-    text = readme.read_text()
-    assert text.startswith("before ") and text.endswith(" after") and "old" not in text
+    text = benchmark.markdown({"machine": MACHINE, "scoring": rows})
     assert "| way | seconds |\n| --- | --- |\n| fp32 | 0.123 |\n| bf16 | 1,234 |" in text
     assert "a CPU" in text and "| other |" in text
-
-
-def test_the_committed_figures_make_tables():
-    for file in (ROOT / "results/speed").glob("*.json"):
-        assert benchmark.markdown(json.loads(file.read_text())).count("|") > 20

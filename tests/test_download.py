@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import download_data
 import numpy as np
 import pytest
-from conftest import call, refused, succeeded, write_split
+from conftest import call, contents, refused, succeeded, write_split
 
 from vocab import Vocabulary
 
@@ -26,8 +26,7 @@ def run(*arguments):
 
 
 def files_in(folder):
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    return {name: data for name, data in contents(folder).items() if data is not True}
 
 
 def write(path, content):
@@ -174,7 +173,6 @@ def test_archives_write_where_they_should_or_are_refused(source, tmp_path, kind)
 @pytest.mark.parametrize("file, content, words", [
     ("dev_ims.npy", npy(4, 6, 8)[:-8], "dev_ims.npy: not a readable .npy array"),
     ("dev_ims.npy", npy(3, 6, 8), "expected (4, 6, 8) and 20 captions, found (3, 6, 8)"),
-    ("dev_ims.npy", npy(4, 6, 9), "expected (4, 6, 8) and 20 captions, found (4, 6, 9)"),
     ("dev_caps.txt", b"a dog\n" * 19, "found (20, 6, 8) and 19"),
     ("dev_caps.txt", b"a dog\n" * 19 + b"\xff", "line 20: not UTF-8"),
     ("dev_ids.txt", b"1\n2\n3\n", "3 ids do not fit 4 images"),

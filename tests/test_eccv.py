@@ -45,15 +45,6 @@ def random_scores(levels):
     return np.round(scores * levels).astype(np.float32)
 
 
-@pytest.mark.parametrize("value", [1, 0, -1])
-def test_right_answers_first_tied_or_last(small, value):
-    sims = np.zeros((N, 5 * N), np.float16)
-    for row, image in enumerate(IMAGES):
-        sims[row, np.array(small.eccv_gts["i2t"][image]) - CAPTIONS[0]] = value
-    found = eval_eccv.evaluate(sims, IMAGES, CAPTIONS, small)
-    assert {x for ways in found.values() for x in ways.values()} == {100 if value > 0 else 0}
-
-
 def test_a_case_by_hand(small):
     """Four right answers at places 1, 3, 4 and 6: AP@4 = (1 + 2/3 + 3/4) / 4, R-P = 3/4."""
     small.eccv_gts = {
@@ -150,8 +141,6 @@ def test_twins_are_told_apart(tmp_path):
     ("testall_caps.txt", b"a\n", ["1 captions of 20 images"]),
     ("coco.json", b"{", ["not COCO's or Karpathy's captions: JSONDecodeError"]),
     ("coco.json", b'{"info": 1}', ["KeyError: 'images'"]),
-    ("coco.json", b'{"annotations": [{"image": 1}]}', ["KeyError: 'id'"]),
-    ("coco.json", b'{"many": "captions", "\xff": 1}', ["UnicodeDecodeError: 'utf-8' codec"]),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_line_and_writes_nothing(folder, name, content, words):
     Path(name).unlink()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS
-from helpers import PARTS, WITHOUT_GRADIENT, grads_of, state_of
+from helpers import PARTS, WITHOUT_GRADIENT, grads_of
 from reference import OfficialLHSC, hinge_loss
 
 from checkpoint import rename_official
@@ -67,26 +67,6 @@ def batch(golden):
     return tuple(torch.from_numpy(golden[f"in/{n}"]) for n in ("images", "captions", "lengths"))
 
 
-def train(kind, golden, batch, dtype, n_steps):
-    """Adam steps with the official scores, loss and norm: the model, and the first gradients."""
-    images, captions, lengths = batch
-    model = build(kind, golden).train().to(dtype)
-    optimizer, grads = torch.optim.Adam(model.parameters(), lr=2e-4), []
-    for step in range(1, n_steps + 1):
-        sims = model(images.to(dtype), captions, lengths)
-        loss = LOSSES[kind](sims, margin=0.2)
-        optimizer.zero_grad()
-        loss.backward()
-        grads.append(grads_of(model))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        optimizer.step()
-        close = np.testing.assert_allclose
-        close(sims.detach(), golden[f"train{step}/sims"], rtol=0, atol=1e-5)
-        close(loss.item(), golden[f"train{step}/loss"], rtol=1e-5)
-        close(norm, golden[f"train{step}/grad_norm"], rtol=2e-4)
-    return model, grads[0]
-
-
 @pytest.mark.usefixtures("matmul")
 @both
 def test_eval_embeddings_and_sims(kind, golden, batch):
@@ -116,8 +96,17 @@ MOVED_ALONG = ("bn.running_mean",)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_loss_and_every_gradient_of_a_step(kind, golden, batch, dtype):
     """In double precision what is left is the rounding of the official run itself."""
-    _, grads = train(kind, golden, batch, dtype, n_steps=1)
-    expected = renamed(golden, "train1/grad")
+    images, captions, lengths = batch
+    model = build(kind, golden).train().to(dtype)
+    sims = model(images.to(dtype), captions, lengths)
+    loss = LOSSES[kind](sims, margin=0.2)
+    loss.backward()
+    grads, expected = grads_of(model), renamed(golden, "train1/grad")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+    close = np.testing.assert_allclose
+    close(sims.detach(), golden["train1/sims"], rtol=0, atol=1e-5)
+    close(loss.item(), golden["train1/loss"], rtol=1e-5)
+    close(norm, golden["train1/grad_norm"], rtol=2e-4)
     assert set(expected) == set(grads)
     tolerance, zero = (1e-3, 2e-3) if dtype == torch.float32 else (3e-4, 1e-11)
     for name, grad in grads.items():
@@ -128,35 +117,13 @@ def test_scores_loss_and_every_gradient_of_a_step(kind, golden, batch, dtype):
             assert error < tolerance * expected[name].abs().max(), name
 
 
-@both
-def test_two_adam_steps(kind, golden, batch):
-    """All parameters and buffers.
-
-    In double precision: Adam's first step is lr times the gradient's sign, so an element whose
-    gradient is near zero may by single precision's rounding go the other way.
-    """
-    model, _ = train(kind, golden, batch, torch.float64, n_steps=2)
-    expected, state = renamed(golden, "after"), state_of(model)
-    assert set(expected) == set(state)
-    for name, tensor in state.items():
-        error = (tensor - expected[name]).abs().double()
-        if name.endswith(WITHOUT_GRADIENT):
-            assert error.max() <= 4.1 * 2e-4, name  # two steps of ±lr each way
-        elif name.endswith(MOVED_ALONG):
-            assert error.max() <= 1e-4, name
-        else:
-            scale = expected[name].abs().max().clamp_min(1)
-            assert error.max() <= 1e-4 * scale, name
-            assert error.square().mean().sqrt() <= 1e-5 * scale, name
-
-
 def test_training_follows_the_official_code_for_60_steps():
     """The loss of every step and the final weights, in double precision, up to rounding's growth.
 
     All negatives at first, then the hardest; the learning rate falls once on the way.
     """
     with np.load(GOLDENS / "trajectory_a.npz", allow_pickle=False) as file:
-        golden = {name: file[name] for name in file.files}
+        golden = dict(file)
     opt = json.loads(str(golden["opt"]))
     model = build(LHSC, golden).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=opt["lr"])
@@ -176,5 +143,6 @@ def test_training_follows_the_official_code_for_60_steps():
     np.testing.assert_allclose(losses, golden["losses"], rtol=1e-7)
     state = model.state_dict()
     for name, expected in renamed(golden, "final").items():
-        if not name.endswith((*WITHOUT_GRADIENT, *MOVED_ALONG)):
-            np.testing.assert_allclose(state[name], expected, rtol=0, atol=1e-7, err_msg=name)
+        if not name.endswith(WITHOUT_GRADIENT):
+            atol = 3e-2 if name.endswith(MOVED_ALONG) else 1e-7
+            np.testing.assert_allclose(state[name], expected, rtol=0, atol=atol, err_msg=name)

@@ -153,7 +153,8 @@ BAD_TRAINING = {
     "model_name": ["data", ".", MODEL, f"{MODEL}/below"], "resume": ["nowhere", MODEL, "data"],
     "embed_size": ["10000000", str(2**62)], "sim_dim": [str(10**12)], "learning_rate": ["1e300"],
     "workers": ["-1"], "img_dim": ["9"], "num_regions": ["5"], "padding": ["none"],
-    "batch_size": ["1"], "embed unknown": ["1"],
+    "batch_size": ["1"], "embed unknown": ["1"], "ema drop_out": ["1"], "lr_update": ["-1"],
+    "recipe": ["best"], "similarity": ["sgr"],
 }  # fmt: skip
 BAD_EVALUATION = {
     "model_path": ["nowhere", "data", "", VOCAB], "split": ["train", "", "testall"],

@@ -107,7 +107,10 @@ def random_scores(n_images, per_image=5):
 
 def test_what_images_add_is_the_recalls():
     sims, owner = random_scores(40)
-    metrics, hits = retrieval_metrics(sims, owner), image_hits(sims, owner)
+    other = sims + np.random.default_rng(1).normal(size=sims.shape)  # for text to image
+    metrics, hits = retrieval_metrics(sims, owner, other), image_hits(sims, owner, other)
+    assert metrics["i2t"] == retrieval_metrics(sims, owner)["i2t"]
+    assert metrics["t2i"] == retrieval_metrics(other, owner)["t2i"]
     assert recalls_of(hits.sum(0), 40) == pytest.approx([metrics[w][n] for w, n in RECALLS])
     assert rsum_of([hits]) == pytest.approx(metrics["rsum"])
     # Captions count one each where images have different numbers of them.
@@ -137,19 +140,6 @@ def test_intervals_hold_the_estimate_and_are_repeatable():
         assert low <= metrics[way][name] <= high
     assert found["rsum"][0] < metrics["rsum"] < found["rsum"][1]
     assert bootstrap_intervals(hits, 500) == found != bootstrap_intervals(hits, 500, seed=1)
-    perfect = image_hits(PERFECT, OWNERS)
-    assert bootstrap_intervals([perfect], 100)["rsum"] == [600, 600]
-
-
-def test_captions_of_an_image_move_together():
-    """Five captions that always hit or miss together say no more than one."""
-    hit, found = np.random.default_rng(0).random(200) < 0.4, []
-    for per_image in (1, 5):
-        owner = np.repeat(np.arange(200), per_image)
-        sims = np.zeros((200, len(owner)))
-        sims[owner, np.arange(len(owner))] = np.where(hit[owner], 1, -1)
-        found.append(bootstrap_intervals([image_hits(sims, owner)], 1000)["t2i"]["r1"])
-    assert found[0] == pytest.approx(found[1])
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
@@ -174,17 +164,6 @@ def test_two_models_are_compared_on_the_same_images():
     low, high = bootstrap_intervals(a, 500)["rsum"]
     assert found["interval"][1] - found["interval"][0] < high - low
     assert paired_bootstrap(a, a)["interval"] == [0, 0]
-    with pytest.raises(ValueError, match="not the same"):
-        paired_bootstrap(a, [b[0][:100]])
-
-
-@pytest.mark.parametrize(
-    "folds, n",
-    [([np.ones((3, 7))], 0), ([], 9), ([np.ones((1, 7))], 9), ([np.full((3, 7), np.nan)], 9)],
-)
-def test_nonsense_is_refused(folds, n):
-    with pytest.raises(ValueError):
-        resampled(folds, n, 0)
 
 
 # -- querybank normalisation ----------------------------------------------------------------------
@@ -204,16 +183,3 @@ def test_qb_norm_ranks_as_the_inverted_softmax_and_leaves_other_queries_alone():
         np.testing.assert_array_equal(found[k].argsort(), expected.argsort())
     large = qb_norm(sims + 5000, bank + 5000, beta)  # no overflow
     np.testing.assert_array_equal(large.argsort(), found.argsort())
-
-
-def test_qb_norm_takes_the_hubs_away():
-    """One image is near all captions; what the bank's captions know of it mends the recall."""
-    sims, owner = random_scores(40)
-    sims[7] += 3
-    bank = np.random.default_rng(1).normal(size=(300, 40))
-    bank[:, 7] += 3
-    before = retrieval_metrics(sims, owner)
-    after = retrieval_metrics(sims, owner, qb_norm(sims.T, bank, 2.0).T)
-    assert after["t2i"]["r1"] > before["t2i"]["r1"] + 10 and after["i2t"] == before["i2t"]
-    hits = image_hits(sims, owner, qb_norm(sims.T, bank, 2.0).T)
-    assert rsum_of([hits]) == pytest.approx(after["rsum"])

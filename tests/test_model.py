@@ -21,6 +21,9 @@ def pair(num_regions=6, padding="masked"):
     official = OfficialLHSC(**SIZES, **none, num_regions=num_regions, masked=padding == "masked")
     for parameter in official.parameters():  # also what starts at zero
         torch.nn.init.uniform_(parameter, -0.6, 0.6)
+    for buffer in official.buffers():  # statistics as after training
+        if buffer.is_floating_point():
+            torch.nn.init.uniform_(buffer, 0.2, 0.6)
     model = LHSC(**SIZES, num_regions=num_regions, padding=padding, **NO_DROPOUT)
     model.load_state_dict(state_of(official))
     return official.double(), model.double()
@@ -64,25 +67,6 @@ def test_a_caption_depends_on_its_neighbours_only_with_the_official_padding(padd
         assert_close(model(*alone), official.eval()(*alone), rtol=1e-11, atol=1e-12)
     largest = difference.abs().max()
     assert largest < 1e-12 if padding == "masked" else largest > 1e-4
-
-
-def test_the_pad_embedding_is_trained_only_with_the_official_padding():
-    for padding in ("masked", "official"):
-        for model in pair(padding=padding):
-            triplet_loss(model(*batch([6, 3, 2])), max_violation=False).backward()
-            grad = grads_of(model)["text_encoder.embed.weight"]
-            assert grad[0].any() == (padding == "official")
-
-
-def test_permuting_captions_permutes_columns_and_images_rows():
-    _, model = pair()
-    images, captions, lengths = batch([9, 4, 12, 2, 7])
-    order = torch.tensor([3, 0, 4, 1, 2])
-    with torch.no_grad():
-        sims = model.eval()(images, captions, lengths)
-        assert_close(model(images, captions[order], lengths[order]), sims[:, order])
-        assert_close(model(images[order], captions, lengths), sims[order])
-    assert (sims > 0).all() and (sims < 1).all() and sims.std() > 1e-4
 
 
 @pytest.mark.parametrize("layers", [0, 1, 6])
@@ -175,78 +159,34 @@ def test_the_contrastive_loss_is_cross_entropy_over_other_images():
 
 # -- scoring for inference -------------------------------------------------------------------------
 
-WIDE = {"vocab_size": 20, "img_dim": 9, "embed_size": 96, "sim_dim": 32, "word_dim": 7}
 LENGTHS = torch.tensor([2, 9, 40, 3, 3, 17, 81, 5, 12, 2, 30])
 
 
-@pytest.fixture(scope="module")
-def official():
-    """Random weights that tell images and captions apart, and statistics as after training."""
-    torch.manual_seed(1)
-    official = OfficialLHSC(**WIDE).eval()
-    for name, tensor in official.state_dict().items():
-        if tensor.dtype == torch.float32 and ("running" in name or "bias" in name):
-            tensor.uniform_(0.2, 0.6)
-    for fc in (official.sim_enc.sim_tranloc_w, official.sim_enc.sim_tranglo_w):
-        fc.weight.data *= 50
-    official.sim_enc.sim_eval_w.weight.data *= 3
-    return official
-
-
-@pytest.fixture
-def model(official):
-    model = LHSC(**WIDE).eval()
-    model.load_state_dict(state_of(official))
-    return model
-
-
-@pytest.fixture
-def encoded(model):
+@pytest.mark.parametrize("chunk", [(16, 512), (1, 1), (3, 50), (99, 9999)])
+def test_scoring_is_the_official_loop_in_any_chunks(chunk, monkeypatch):
     """Seven images, eleven captions; a region and some words are zero.
 
-    Regions and words share a direction, as they do in a trained model.
+    No more images and words than a chunk has are scored at once, unless a caption is longer.
     """
-    common = torch.randn(96)
-    regions = l2norm(torch.randn(7, 36, 96) + common)
-    words = l2norm(torch.randn(int(LENGTHS.sum()), 96) + common)
-    regions[2, 5] = words[5:9] = 0
-    similarity = model.similarity
-    with torch.no_grad():
-        images = EncodedImages(regions, similarity.image_global(regions))
-        return images, EncodedCaptions(words, similarity.caption_global(words, LENGTHS), LENGTHS)
-
-
-@pytest.mark.parametrize("chunk", [(16, 512), (1, 1), (3, 50), (99, 9999)])
-def test_scoring_is_the_official_loop_in_any_chunks(official, model, encoded, chunk, monkeypatch):
     monkeypatch.setitem(evaluation.SCORE_CHUNK, "cpu", chunk)
-    images, captions = encoded
-    words = captions.word_emb.split(LENGTHS.tolist())
-    words = torch.nn.utils.rnn.pad_sequence(list(words), batch_first=True)
-    with torch.no_grad():
-        expected = score_loop(official.sim_enc, images.region_emb, words, LENGTHS)
-    sims = score(model, images, captions)
-    assert_close(torch.from_numpy(sims), expected, rtol=0, atol=1e-6)
-    assert expected.std() > 1e-2  # or the comparison says nothing
-
-
-def test_products_in_bfloat16_stay_close(model, encoded):
-    """Eight bits of mantissa: scores move by less than a tenth of their spread."""
-    exact, rounded = score(model, *encoded), score(model, *encoded, torch.bfloat16)
-    assert exact.dtype == rounded.dtype == "float32"
-    assert 0 < abs(exact - rounded).max() < 0.1 * exact.std()
-
-
-def test_memory_is_that_of_one_chunk(model, encoded, monkeypatch):
-    """No more images and words than allowed are scored at once, unless a caption is longer."""
-    monkeypatch.setitem(evaluation.SCORE_CHUNK, "cpu", (3, 50))
-    sizes, scored = [], model.similarity.score
+    official, model = (part.float().eval() for part in pair(num_regions=36))
+    similarity, sizes, scored = model.similarity, [], model.similarity.score
+    regions, words = l2norm(torch.randn(7, 36, 8)), l2norm(torch.randn(int(LENGTHS.sum()), 8))
+    regions[2, 5] = words[5:9] = 0
 
     def noted(images, captions, dtype):
         sizes.append((len(images.region_emb), len(captions.word_emb)))
-        assert len(captions.word_emb) <= 50 or len(captions.lengths) == 1
+        assert len(captions.word_emb) <= chunk[1] or len(captions.lengths) == 1
         return scored(images, captions, dtype)
 
-    monkeypatch.setattr(model.similarity, "score", noted)
-    score(model, *encoded)
-    assert max(n_images for n_images, _ in sizes) == 3
+    monkeypatch.setattr(similarity, "score", noted)
+    padded = torch.nn.utils.rnn.pad_sequence(words.split(LENGTHS.tolist()), batch_first=True)
+    with torch.no_grad():
+        expected = score_loop(official.sim_enc, regions, padded, LENGTHS)
+        images = EncodedImages(regions, similarity.image_global(regions))
+        captions = EncodedCaptions(words, similarity.caption_global(words, LENGTHS), LENGTHS)
+    sims = torch.from_numpy(score(model, images, captions))
+    assert_close(sims, expected, rtol=0, atol=1e-6)
+    assert expected.std() > 1e-2  # or the comparison says nothing
+    assert max(n_images for n_images, _ in sizes) == min(chunk[0], 7)
     assert sum(n_images * n_words for n_images, n_words in sizes) == 7 * LENGTHS.sum()

@@ -174,14 +174,6 @@ def test_a_recipe_sets_defaults_and_what_is_given_wins():
     assert given_options(["--seed", "0", "--no-bi_gru"]) == {"seed": 0, "bi_gru": False}
 
 
-@pytest.mark.parametrize("option, value", [
-    ("--ema", "1"), ("--learning_rate", "nan"), ("--batch_size", "1"),
-    ("--lr_update", "-1"), ("--recipe", "best"), ("--similarity", "sgr"), ("--padding", "none"),
-])  # fmt: skip
-def test_options_that_make_no_sense_are_refused(tmp_path, option, value):
-    refused(call(tmp_path, train.main, option, value), f"argument {option}")
-
-
 def test_mixed_precision_keeps_weights_and_scores_in_float32():
     """Loss and gradients are close to those of float32, and not the same."""
     torch.manual_seed(3)

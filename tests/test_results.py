@@ -61,11 +61,11 @@ def root(tmp_path, monkeypatch):
     steps = [{"what": what, "way": way, "seconds": seconds}
              for way, seconds in (("official loop", 3.0), ("fp32", 1.5))]  # fmt: skip
     (folder / "speed").mkdir()
-    speed = {"machine": {"device": "a CPU"}, "training": steps}
+    speed = {"machine": {"device": "a CPU", "torch": "2"}, "training": steps}
     (folder / "speed/cpu.json").write_text(json.dumps(speed))
     (tmp_path / "fig").mkdir()
     (tmp_path / "README.md").write_text(f"head{MARKS.format('results')}tail\n")
-    marks = map(MARKS.format, ("flickr8k", "recipe", "scenes", "paper"))
+    marks = map(MARKS.format, ("flickr8k", "recipe", "scenes", "paper", "speed"))
     (folder / "README.md").write_text("".join(marks))
     return tmp_path
 
@@ -76,7 +76,7 @@ def test_tables_and_figures_are_written_and_checked(root):
     succeeded(call(root, results.main, "--check"))
     short, text = (root / "README.md").read_text(), (root / "results/README.md").read_text()
     assert short.startswith("head\n") and short.endswith("tail\n")
-    assert "old" not in short + text and text.count("begin -->") == 4
+    assert "old" not in short + text and text.count("begin -->") == 5
     row = "| LHSC, official recipe | 2 | 10.2 ± 0.3 | 10.2 ± 0.3 | **102.0 ± 2.8** | 108.0 ± 2.8 |"
     assert f"{row}\n" in short
     for row in (
@@ -94,6 +94,7 @@ def test_tables_and_figures_are_written_and_checked(root):
         "| without averaged weights | 1 | 90.0 |",
         "| on | precision | a step | Flickr30K, 56,650 steps | MS-COCO, 221,300 steps |",
         "| a CPU | fp32 | 1.50 s | 24 h | 92 h |",
+        "| training step, batch 128, paper size (D 1024, S 256) | fp32 | 1.5 |",
     ):
         assert f"{row}\n" in text
     for name in ("flickr8k", "scenes"):

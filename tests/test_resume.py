@@ -135,13 +135,6 @@ def test_a_damaged_checkpoint_is_passed_over(folder, whole, damage):
     assert_same_run(folder, whole[False])
 
 
-def test_the_newest_file_has_the_largest_number(tmp_path):
-    files = [tmp_path / f"checkpoint_{step}.pth.tar" for step in (100, 10, 9, "x")]
-    for file in files:
-        file.touch()
-    assert step_files(tmp_path) == files[:3]
-
-
 def test_what_cannot_be_resumed_is_refused(folder):
     (folder / "empty").mkdir()
     older = str(RUN / "checkpoint_18.pth.tar")  # in place, newer checkpoints would be lost

@@ -140,8 +140,6 @@ def test_runs_are_compared_on_the_same_images(tmp_path, options):
     assert difference == pytest.approx(better - worse, abs=0.11) and 0 < low <= difference <= high
     assert "+0.0, 95 % interval +0.0 … +0.0" in compared("worse.npy", "worse.npy")[2]
     refused(call(tmp_path, compare.main, "worse.npy", "half.npy"), "(10, 50) and (5, 25)")
-    (tmp_path / "m.json").write_text("{}")
-    refused(call(tmp_path, compare.main, "worse.npy", "m.json"), "m.json")
 
 
 @pytest.fixture
