@@ -7,7 +7,8 @@ A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. ablation
 of a run in results/SET/VARIANT-sSEED: metrics.jsonl of train.py, test.json of evaluation.py,
 test-qb.json with QB-Norm (photographs), diagnosis.json of diagnose.py (drawn scenes). reproduce.sh
 keeps those of the paper's experiments in results/paper/RUN. cca.py writes results/flickr8k/cca.json
-and cca-qb.json, benchmark.py results/speed/*.json.
+and cca-qb.json, evaluation.py of two checkpoints ensemble.json and ensemble-qb.json there, and
+benchmark.py results/speed/*.json.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def spread(values: list[float]) -> str:
     """Mean ± standard deviation; of a single run the value alone."""
+    if not values:
+        return "–"
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
@@ -107,23 +110,27 @@ def recalls(title: str, tests: list[dict], dev: list[float]) -> dict[str, str]:
     }  # fmt: skip
 
 
+def untrained_row(name: str, title: str) -> list[dict[str, str]]:
+    """Of results/flickr8k/NAME.json and NAME-qb.json, which are no training of their own."""
+    path = ROOT / f"results/flickr8k/{name}.json"
+    if not path.is_file():
+        return []
+    test, qb_norm = read_json(path), read_json(path.with_name(f"{name}-qb.json"))["rsum"]
+    columns = recalls(title, [test], [test["dev_rsum"]] if "dev_rsum" in test else [])
+    columns |= {"seeds": "–", "with QB-Norm": spread([qb_norm]), "epochs": "–"}
+    size = f"{test['parameters'] / 1e6:.2f} M" if "parameters" in test else "–"
+    return [columns | {"parameters": size, "training": "–", "on": "–"}]
+
+
 def photo_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
-    """Recalls on the test photographs: the linear baseline, and a row a variant."""
-    rows, path = [], ROOT / "results/flickr8k/cca.json"
-    if path.is_file():
-        cca, qb_norm = read_json(path), read_json(path.with_name("cca-qb.json"))["rsum"]
-        columns = recalls("linear CCA, mean region and words", [cca], [cca["dev_rsum"]])
-        columns["with QB-Norm"] = spread([qb_norm])
-        size = f"{cca['parameters'] / 1e6:.2f} M"
-        rest = {"epochs": "–", "parameters": size, "training": "closed form", "on": "–"}
-        rows.append(columns | {"seeds": "–"} | rest)
+    """Recalls on the test photographs: the linear baseline, a row a variant, the ensemble."""
+    rows = untrained_row("cca", "linear CCA, mean region and words")
     for title, seeds in photos.items():
         columns = recalls(title, [seed.test for seed in seeds], [seed.dev for seed in seeds])
-        by_seed = [seed.qb_norm for seed in seeds if seed.qb_norm]
-        columns["with QB-Norm"] = spread(by_seed) if by_seed else "–"
+        columns["with QB-Norm"] = spread([seed.qb_norm for seed in seeds if seed.qb_norm])
         epochs = statistics.mean(seed.log["train"][-1]["epoch"] + 1 for seed in seeds)
         rows.append(columns | {"epochs": f"{epochs:.0f}"} | cost(seeds))
-    return rows
+    return rows + untrained_row("ensemble", "LHSC, `--recipe modern`, ensemble of two seeds")
 
 
 def recipe_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
