@@ -128,7 +128,7 @@ def photo_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
     for title, seeds in photos.items():
         columns = recalls(title, [seed.test for seed in seeds], [seed.dev for seed in seeds])
         columns["with QB-Norm"] = spread([seed.qb_norm for seed in seeds if seed.qb_norm])
-        epochs = statistics.mean(seed.log["train"][-1]["epoch"] + 1 for seed in seeds)
+        epochs = statistics.mean(seed.log["dev"][-1]["epoch"] + 1 for seed in seeds)
         rows.append(columns | {"epochs": f"{epochs:.0f}"} | cost(seeds))
     return rows + untrained_row("ensemble", "LHSC, `--recipe modern`, ensemble of two seeds")
 

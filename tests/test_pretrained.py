@@ -9,7 +9,7 @@ from data import pad
 from evaluation import load
 
 FOLDER = ROOT / "pretrained/flickr8k"
-SCORES = [[0.34246, 0.37545], [0.34626, 0.37260]]  # of the sentences with each image
+SCORES = [[0.32200, 0.47057], [0.32321, 0.44510]]  # of the sentences with each image
 
 
 def test_the_pretrained_model_loads_and_scores():
