@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
+import train
+from data import PrecompDataset
+from vocab import build_from_data, vocab_file
+
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -89,8 +93,6 @@ def write_split(folder, split, n_images, num_regions=6, img_dim=8, repeat=1):
 
 def write_tiny(folder):
     """A data set `tiny` of three splits and its vocabulary, as a user's would be."""
-    from vocab import build_from_data, vocab_file
-
     for split, n_images in (("train", 30), ("dev", 10), ("test", 10)):
         write_split(folder / "data" / "tiny", split, n_images)
     build_from_data(folder / "data", "tiny").save(vocab_file(folder / "vocab", "tiny"))
@@ -104,9 +106,6 @@ def tiny(tmp_path):
 
 def load_split(folder, split, data_name="tiny", **options):
     """A split of a data set below folder/data, and the vocabulary of its captions."""
-    from data import PrecompDataset
-    from vocab import build_from_data
-
     vocab = build_from_data(folder / "data", data_name)
     return PrecompDataset(folder / "data", data_name, split, vocab, **options), vocab
 
@@ -147,8 +146,6 @@ def call(folder, main, *arguments):
 
 def at_step(patch, number, act):
     """Let a training in this process do something at its number-th step."""
-    import train
-
     counter, step = itertools.count(1), train.train_step
 
     def train_step(*args):
@@ -184,8 +181,6 @@ def refuses(folder, main, *arguments, words=()):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder in which train.py has run with its default paths, and what it printed."""
-    import train
-
     folder = write_tiny(tmp_path_factory.mktemp("trained"))
     (folder / "vocab/tiny_vocab.json").unlink()
     result = call(folder, train.main, *SMALL, "--log_step", 3, "--val_step", 7)

@@ -8,7 +8,7 @@ import torch
 from conftest import load_split, write_split
 
 from baselines import SIMILARITIES, build_model
-from data import Batch
+from data import Batch, pad
 from evaluation import evaluate
 from train import train_step
 
@@ -18,8 +18,7 @@ pytestmark = pytest.mark.device
 
 @pytest.fixture
 def batch():
-    lengths = torch.tensor([9, 7, 7, 4, 3, 2])
-    captions = torch.randint(4, 40, (6, 9)) * (torch.arange(9) < lengths[:, None])
+    captions, lengths = pad([torch.randint(4, 40, (n,)) for n in (9, 7, 7, 4, 3, 2)])
     return Batch(torch.randn(6, 36, 20), captions, lengths, torch.arange(6), torch.arange(6))
 
 

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import evaluation
 from attention import caption_index_of, l2norm, safe_sqrt, segment_softmax
+from data import pad
 from evaluation import score
 from model import LHSC, EncodedCaptions, EncodedImages, contrastive_loss, triplet_loss
 
@@ -31,9 +32,7 @@ def pair(num_regions=6, padding="masked"):
 
 def batch(lengths, n_images=None, num_regions=6, dtype=torch.float64):
     """Random images and captions; lengths need not be sorted."""
-    lengths = torch.tensor(lengths)
-    captions = torch.randint(4, 20, (len(lengths), int(lengths.max())))
-    captions[torch.arange(captions.shape[1]) >= lengths[:, None]] = 0
+    captions, lengths = pad([torch.randint(4, 20, (n,)) for n in lengths])
     images = torch.randn(n_images or len(lengths), num_regions, 9, dtype=dtype)
     return images, captions, lengths
 
@@ -59,12 +58,11 @@ def test_the_model_is_the_official_loop(lengths, n_images, num_regions, training
 
 @pytest.mark.parametrize("padding", ["masked", "official"])
 def test_a_caption_depends_on_its_neighbours_only_with_the_official_padding(padding):
-    official, model = pair(padding=padding)
+    _, model = pair(padding=padding)
     images, captions, lengths = batch([30, 6, 2])
     alone = images, captions[1:2, :6], lengths[1:2]
     with torch.no_grad():
         difference = model.eval()(*alone) - model(images, captions, lengths)[:, 1:2]
-        assert_close(model(*alone), official.eval()(*alone), rtol=1e-11, atol=1e-12)
     largest = difference.abs().max()
     assert largest < 1e-12 if padding == "masked" else largest > 1e-4
 

@@ -17,7 +17,7 @@ from conftest import call, contents, refuses, succeeded
 from prepare_captions import image_key
 
 from data import PrecompDataset, read_boxes
-from vocab import build_vocab
+from vocab import build_vocab, read_captions
 
 REGIONS, WIDTH = 4, 6
 OUT = Path("data/mine")
@@ -38,10 +38,6 @@ def prepare(*arguments):
 
 def convert(*arguments):
     return succeeded(call(*CONVERT, *arguments))
-
-
-def read(path):
-    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 def write(path, content):
@@ -98,14 +94,14 @@ def test_all_spellings_of_an_image_have_one_key():
 def test_restval_joins_train_and_test_is_the_first_1000_of_testall():
     splits = ["test", "restval", "train", "val", *["test"] * 1004]
     prepare(write("coco.json", karpathy(splits, cocoid=True)))
-    assert read(OUT / "train_ids.txt") == ["501", "502"]
-    testall = read(OUT / "testall_ids.txt")
+    assert read_captions(OUT / "train_ids.txt") == ["501", "502"]
+    testall = read_captions(OUT / "testall_ids.txt")
     assert len(testall) == 1005 and testall[1] == "504"
-    assert read(OUT / "test_ids.txt") == testall[:1000]
-    assert read(OUT / "test_caps.txt") == read(OUT / "testall_caps.txt")[:5000]
+    assert read_captions(OUT / "test_ids.txt") == testall[:1000]
+    assert read_captions(OUT / "test_caps.txt") == read_captions(OUT / "testall_caps.txt")[:5000]
     order = write("order.txt", ["1507"])  # the last of testall may be chosen for test
     prepare("coco.json", "--split", "test", "--order", order, "--data_path", "b")
-    assert read("b/mine/test_caps.txt") == captions_of([1007])
+    assert read_captions("b/mine/test_caps.txt") == captions_of([1007])
 
 
 def test_captions_are_cut_to_one_line_and_to_five():
@@ -113,7 +109,7 @@ def test_captions_are_cut_to_one_line_and_to_five():
             "  \n ", "the fifth that is not empty", "too many"]  # fmt: skip
     prepare(write("k.json", karpathy(["test"], captions=raws)))
     cleaned = ["A dog and a cat.", "a b c", "naïve café – 日本 😀", "x y z w", raws[5]]
-    assert read(OUT / "test_caps.txt") == cleaned
+    assert read_captions(OUT / "test_caps.txt") == cleaned
 
 
 @pytest.mark.parametrize("repeat", [1, 5])
@@ -122,11 +118,11 @@ def test_an_order_is_kept_as_it_stands(flickr, repeat):
     order = write(OUT / "train_ids.txt", np.repeat(["1006", "images/1000.jpg"], repeat))
     before = contents(".")
     prepare(flickr, "--split", "train", "--order", order)
-    assert read(OUT / "train_caps.txt") == captions_of([6, 0])
+    assert read_captions(OUT / "train_caps.txt") == captions_of([6, 0])
     assert contents(".").items() >= before.items()
     order = write("order.txt", ["1005", "1000"])  # a split of another name takes any image
     prepare(flickr, "--split", "some", "--order", order)
-    assert read(OUT / "some_ids.txt") == ["1005", "1000"]
+    assert read_captions(OUT / "some_ids.txt") == ["1005", "1000"]
 
 
 def test_both_sources_give_the_same():
@@ -219,7 +215,7 @@ def test_rows_are_put_in_the_order_of_the_ids(dtype, wrapped):
     assert np.array_equal(regions, np.array([features_of(391895), features_of(5)], dtype))
     assert np.allclose(boxes[1], boxes_of(5), atol=1e-6)
     assert (boxes[0, :, [0, 2]] == [[0], [1]]).all()  # rounded over the edge, and cut there
-    assert read(OUT / "dev_ids.txt") == ["COCO_val2014_000000391895.jpg", "0005"]
+    assert read_captions(OUT / "dev_ids.txt") == ["COCO_val2014_000000391895.jpg", "0005"]
 
 
 def test_files_of_three_kinds_one_after_the_other(ids):
