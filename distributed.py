@@ -112,6 +112,15 @@ def print_on_main(line: str) -> None:
         print(line, flush=True)
 
 
+def all_reduce_max(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers."""
+    if world_size() == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 # -- collectives that pass gradients --------------------------------------------------------------
 # What a rank gives to the first two matters on every rank, so its gradients are summed over ranks.
 

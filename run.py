@@ -379,9 +379,9 @@ class StopSignal:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def agreed(self) -> int:
+    def agreed(self, device: torch.device) -> int:
         """The signal that any process has had, 0 for none: all stop after the same step."""
-        return max(distributed.all_gather_object(self.signal))
+        return distributed.all_reduce_max(self.signal, device)
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal:

@@ -295,7 +295,7 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                         save_best(folder, opt, vocab, state, best_model)
                 if is_last:
                     state.epoch, state.batch = epoch + 1, 0
-                stopping = stop.agreed()
+                stopping = stop.agreed(device)
                 if stopping or is_last or state.step % opt.save_step == 0:
                     save_latest(folder, opt, vocab, state, model, ema_model, optimizer)
                 if stopping:

@@ -153,10 +153,10 @@ def test_more_processes_than_examples_in_a_batch_are_refused(tiny, monkeypatch):
 def test_a_signal_that_comes_while_the_others_are_asked_is_not_lost(monkeypatch):
     stop = run.StopSignal()
 
-    def ask(number):
+    def ask(number, device):
         stop.signal = signal.SIGTERM
-        return [number]
+        return number
 
-    monkeypatch.setattr(distributed, "all_gather_object", ask)
-    assert stop.agreed() == 0
-    assert stop.agreed() == signal.SIGTERM
+    monkeypatch.setattr(distributed, "all_reduce_max", ask)
+    assert stop.agreed(torch.device("cpu")) == 0
+    assert stop.agreed(torch.device("cpu")) == signal.SIGTERM
