@@ -370,7 +370,7 @@ def search(opt: argparse.Namespace, machine: dict, device: torch.device) -> list
 
 @torch.inference_mode()
 def candidate_recalls(checkpoint: Path) -> dict:
-    from search import candidate_fit
+    from search import Candidates
 
     model, settings, vocab = load(checkpoint, argparse.Namespace())
     data = PrecompDataset(settings["data_path"], settings["data_name"], "test", vocab)
@@ -379,7 +379,7 @@ def candidate_recalls(checkpoint: Path) -> dict:
     sims = torch.from_numpy(score(model, images, captions))  # (n_images, n_captions)
     best = sims.topk(min(10, len(sims)), dim=0).indices
     words = word_mean(captions.word_emb, captions.lengths)
-    order = candidate_fit(model.similarity, images.region_emb.mean(1), words)
+    order = Candidates(model.similarity, images.region_emb.mean(1)).fit(words)
     row = {"text to image: R@1 / R@10 (of the ten best, kept)": f"{data.name} {data.split}"}
     for k in (*(k for k in CANDIDATES if k < data.n_images), data.n_images):
         kept = torch.zeros_like(sims, dtype=torch.bool)

@@ -63,14 +63,21 @@ Hit = tuple[int, float]  # an image of the index, and its score
 # -- candidates -----------------------------------------------------------------------------------
 
 
-def candidate_fit(similarity: Similarity, image_mean: Tensor, word_mean: Tensor) -> Tensor:
-    """Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d of mean regions (n, D) and mean words (C, D) -> (n, C).
+class Candidates:
+    """Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d, by which the candidates are picked.
 
-    Raises InputError if the similarity has no local alignments.
+    image_mean: mean regions v (n, D). Raises InputError if there are no local alignments.
     """
-    similarity = with_local_alignments(similarity)
-    c = (similarity.score_fc.weight[0] @ similarity.local_fc.weight).cpu()  # (D,) Pᵀ w
-    return image_mean.square() @ c[:, None] - 2 * image_mean @ (c * word_mean).T
+
+    def __init__(self, similarity: Similarity, image_mean: Tensor) -> None:
+        similarity = with_local_alignments(similarity)
+        c = similarity.score_fc.weight[0] @ similarity.local_fc.weight  # Pᵀ w
+        self.c, self.image_mean = c.detach().cpu(), image_mean  # (D,), (n, D)
+        self.of_images = image_mean.square() @ self.c[:, None]  # (n, 1)
+
+    def fit(self, word_mean: Tensor) -> Tensor:
+        """Mean words q (C, D) -> (n, C)."""
+        return self.of_images - 2 * self.image_mean @ (self.c * word_mean).T
 
 
 # -- an index on disk -----------------------------------------------------------------------------
@@ -111,7 +118,8 @@ class Index:
         self.ids = json.loads((folder / "index.json").read_text())["ids"]
         self.region_emb = open_array(folder / "region_emb.npy")  # (n, R, D)
         self.image_global = torch.from_numpy(np.array(open_array(folder / "image_global.npy")))
-        self.image_mean = torch.from_numpy(np.array(open_array(folder / "image_mean.npy")))
+        image_mean = torch.from_numpy(np.array(open_array(folder / "image_mean.npy")))
+        self.candidates = Candidates(model.similarity, image_mean)
 
     def encode(self, sentence: str) -> EncodedCaptions:
         """A sentence as one encoded caption."""
@@ -128,8 +136,7 @@ class Index:
         rows = np.arange(len(self.ids))
         if len(rows) > EXHAUSTIVE:
             words = word_mean(caption.word_emb, caption.lengths).cpu()  # (1, D)
-            fit = candidate_fit(self.model.similarity, self.image_mean, words)[:, 0]
-            rows = fit.topk(CANDIDATES).indices.sort().values.numpy()
+            rows = self.candidates.fit(words)[:, 0].topk(CANDIDATES).indices.sort().values.numpy()
         chunks = np.split(rows, range(SCORE_CHUNK, len(rows), SCORE_CHUNK))
         sims = [self.model.similarity.score(self.images(chunk), caption) for chunk in chunks]
         return best(rows, torch.cat(sims)[:, 0], top)
