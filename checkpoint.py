@@ -112,7 +112,9 @@ def load_checkpoint(path: str | Path) -> dict:
         if isinstance(raw["model"], list | tuple):
             return raw | _translate_official(raw["model"], opt)
         return raw | {"opt": opt, "official": False}
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise InputError(f"{path}: not an LHSC checkpoint: it lacks {error}") from error
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not an LHSC checkpoint: {error}") from error
 
 
