@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from distributed import BatchNorm1d
+from graph_layers import BatchNorm1d
 
 EPS = 1e-8
 LAMBDA_SOFTMAX = 9.0  # inverse temperature of the attention over regions; SCAN's lambda_softmax
@@ -228,7 +228,7 @@ def unit_weights(weights: Tensor, region_emb: Tensor) -> Tensor:
 
 # About how many numbers a chunk may have: what the cache holds on a CPU, room for large matrix
 # products on a GPU.
-CHUNK_NUMEL = {"cpu": 2**19, "cuda": 2**27}
+CHUNK_NUMEL = {"cpu": 2**21, "cuda": 2**27}
 
 
 def chunk_size(numel: int, device: torch.device) -> int:

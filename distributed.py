@@ -9,7 +9,7 @@ hardest negatives come from the whole batch. BatchNorm's statistics are summed o
 loss is that of the whole score matrix, the same on every rank, so the gradient of a parameter is
 the *sum* of what the ranks have of it.
 
-Traffic of a step for each rank, with W words in the global batch: (W + C) D numbers for the
+What the ranks add up in a step, with W words in the global batch: (W + C) D numbers for the
 captions and as many back, B C scores, all parameters once, and 4 D numbers for each graph layer.
 With a single process every function here returns its input.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +34,6 @@ TIMEOUT = datetime.timedelta(minutes=5)  # of a silent rank; a dead one is notic
 def _checked(collective: Callable) -> Callable:
     """A collective of torch.distributed that reports in one line that another rank is gone."""
 
-    @functools.wraps(collective)
     def run(*args, **kwargs):
         try:
             return collective(*args, **kwargs)
@@ -49,7 +47,7 @@ def _checked(collective: Callable) -> Callable:
     return run
 
 
-all_reduce, all_gather = _checked(dist.all_reduce), _checked(dist.all_gather)
+all_reduce = _checked(dist.all_reduce)
 
 
 @contextlib.contextmanager
@@ -122,82 +120,38 @@ def all_reduce_max(number: int, device: torch.device) -> int:
 
 
 # -- collectives that pass gradients --------------------------------------------------------------
-# What a rank gives to the first two matters on every rank, so its gradients are summed over ranks.
+# What a rank gives to them matters on every rank, so its gradients are summed over the ranks.
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over ranks; so is its gradient."""
-    return x if world_size() == 1 else _AllReduce.apply(x)
+    return x if world_size() == 1 else _AllReduce.apply(x, True)
 
 
-def all_gather_with_grad(x: Tensor) -> Tensor:
-    """The rows of all ranks end to end; the ranks may have different numbers of rows."""
-    return x if world_size() == 1 else _AllGather.apply(x, True)
+def all_gather_rows(x: Tensor, replicated: bool = False) -> Tensor:
+    """The rows of all ranks end to end; the ranks may have different numbers of rows.
 
-
-def all_gather_replicated(x: Tensor) -> Tensor:
-    """As all_gather_with_grad, where every rank does the same with the rows from then on.
-
-    Then every rank already holds the whole gradient.
+    replicated: every rank does the same with the rows from then on, so each already holds the whole
+    gradient, and nothing is summed.
     """
-    return x if world_size() == 1 else _AllGather.apply(x, False)
+    if world_size() == 1:
+        return x
+    counts = all_gather_object(len(x))
+    rows = [x if r == rank() else x.new_zeros(n, *x.shape[1:]) for r, n in enumerate(counts)]
+    return _AllReduce.apply(torch.cat(rows), not replicated)
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, sum_gradients: bool) -> Tensor:
+        ctx.sum_gradients = sum_gradients
         x = x.clone(memory_format=torch.contiguous_format)
         all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return _AllReduce.forward(ctx, grad)
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, sum_gradients: bool) -> Tensor:
-        counts = all_gather_object(len(x))
-        first = sum(counts[: rank()])
-        ctx.local_slice, ctx.sum_gradients = slice(first, first + len(x)), sum_gradients
-        padded = x.new_zeros(max(counts), *x.shape[1:])  # all_gather needs equal sizes
-        padded[: len(x)] = x
-        rows = [torch.empty_like(padded) for _ in counts]
-        all_gather(rows, padded)
-        return torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)])
-
-    @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        if ctx.sum_gradients:
-            grad = _AllReduce.forward(ctx, grad)
-        return grad[ctx.local_slice], None
-
-
-class BatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm over the global batch: PyTorch's own in a single process and for inference.
-
-    Otherwise mean and variance are summed over the ranks, and the buffers move on every rank alike.
-    (PyTorch's SyncBatchNorm does this on GPUs only.)
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, C) or (N, C, L), statistics of each channel over the rest and all ranks."""
-        if world_size() == 1 or not self.training:
-            return super().forward(x)
-        x = x.to(self.running_mean.dtype)  # from bfloat16, in mixed precision
-        rest = [0, *range(2, x.dim())]
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        n = all_reduce_sum(x.new_tensor(x.numel() / x.shape[1]))
-        mean = all_reduce_sum(x.sum(rest)) / n
-        centred = x - mean.view(shape)
-        var = all_reduce_sum(centred.square().sum(rest)) / n
-        with torch.no_grad():
-            for buffer, now in ((self.running_mean, mean), (self.running_var, var * n / (n - 1))):
-                buffer.lerp_(now, self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()
-        return centred * scale.view(shape) + self.bias.view(shape)
+        return all_reduce_sum(grad) if ctx.sum_gradients else grad, None
 
 
 # -- without gradients ----------------------------------------------------------------------------

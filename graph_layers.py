@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed import BatchNorm1d
+from distributed import all_reduce_sum, world_size
 
 
 class FusedWeights(NamedTuple):
@@ -91,3 +92,29 @@ class RegionGraph(nn.Module):
         for layer, weights in zip(self.layers, fused or [None] * len(self.layers), strict=True):
             regions = layer(regions, fused=weights)
         return regions
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the global batch: PyTorch's own in a single process and for inference.
+
+    Otherwise mean and variance are summed over the ranks, and the buffers move on every rank alike.
+    (PyTorch's SyncBatchNorm does this on GPUs only.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C) or (N, C, L), statistics of each channel over the rest and all ranks."""
+        if world_size() == 1 or not self.training:
+            return super().forward(x)
+        x = x.to(self.running_mean.dtype)  # from bfloat16, in mixed precision
+        rest = [0, *range(2, x.dim())]
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        n = all_reduce_sum(x.new_tensor(x.numel() / x.shape[1]))
+        mean = all_reduce_sum(x.sum(rest)) / n
+        centred = x - mean.view(shape)
+        var = all_reduce_sum(centred.square().sum(rest)) / n
+        with torch.no_grad():
+            for buffer, now in ((self.running_mean, mean), (self.running_var, var * n / (n - 1))):
+                buffer.lerp_(now, self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return centred * scale.view(shape) + self.bias.view(shape)

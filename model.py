@@ -32,7 +32,7 @@ from attention import (
     segment_sum,
     word_mean,
 )
-from distributed import all_gather_with_grad, all_reduce_sum
+from distributed import all_gather_rows, all_reduce_sum
 from graph_layers import FusedWeights, RegionGraph
 
 # -- encoders -------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Similarity(nn.Module):
         images = EncodedImages(region_emb, self.image_global(region_emb))
         captions = EncodedCaptions(word_emb, self.caption_global(word_emb, lengths), lengths)
         if self.training:
-            captions = EncodedCaptions(*map(all_gather_with_grad, captions))
+            captions = EncodedCaptions(*map(all_gather_rows, captions))
         return self.score(images, captions, dtype)
 
     def score(

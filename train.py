@@ -29,7 +29,7 @@ import distributed
 from baselines import SIMILARITIES, VSESimilarity, build_model
 from checkpoint import MAX_LAYERS, MODEL_OPTIONS
 from data import Batch, PrecompDataset, find_files, size_augmentation, train_loader
-from distributed import all_gather_replicated, is_main_process, print_on_main
+from distributed import all_gather_rows, is_main_process, print_on_main
 from evaluation import PRECISIONS, evaluate
 from model import LHSC, Similarity, contrastive_loss, triplet_loss
 from run import (
@@ -178,9 +178,9 @@ def train_step(
     Raises InputError if loss or gradient is not finite, before the weights are touched.
     """
     sims = model(batch.images, batch.captions, batch.lengths, dtype, similarity)
-    sims = all_gather_replicated(sims)
+    sims = all_gather_rows(sims, replicated=True)
     if contrastive:
-        loss = contrastive_loss(sims, all_gather_replicated(batch.image_index))
+        loss = contrastive_loss(sims, all_gather_rows(batch.image_index, replicated=True))
     else:
         loss = triplet_loss(sims, margin, max_violation)
     optimizer.zero_grad()

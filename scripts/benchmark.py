@@ -285,7 +285,7 @@ def scoring(opt: argparse.Namespace, machine: dict, device: torch.device) -> lis
 def train_step(model: torch.nn.Module, adam: torch.optim.Adam, batch: Batch, *dtype) -> None:
     """As in train.py."""
     sims = model(batch.images, batch.captions, batch.lengths, *dtype)
-    loss = triplet_loss(distributed.all_gather_replicated(sims))
+    loss = triplet_loss(distributed.all_gather_rows(sims, replicated=True))
     adam.zero_grad()
     loss.backward()
     distributed.sum_gradients(model.parameters())
