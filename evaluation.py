@@ -43,6 +43,7 @@ from utils import (
     number,
     one_line,
     progress,
+    reuse_freed_memory,
     select_device,
     write_json,
 )
@@ -394,6 +395,7 @@ def evalrank(
 @one_line
 def main() -> None:
     opt = options().parse_args()
+    reuse_freed_memory()
     with distributed.process_group(select_device(opt.device)) as device:
         run(opt, device)
 

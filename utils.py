@@ -292,7 +292,7 @@ def products_are_exact() -> bool:
     return True
 
 
-def reuse_freed_memory() -> None:
+def reuse_freed_memory(reuse: bool = True) -> None:
     """Keep large freed blocks for the next step instead of giving them back to the system.
 
     glibc returns every block over 32 MB, so each training step would have to fault its pages in
@@ -300,5 +300,5 @@ def reuse_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30 if reuse else 2**25)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1 if reuse else 2**26)  # M_TRIM_THRESHOLD

@@ -15,9 +15,10 @@ The model is random. The captions are as long as Flickr30K's. What is compared t
 figures are medians over the turns, so that a changing clock rate favours nobody.
 
 The official loop is tests/reference.py: one caption at a time, as in the authors' code. It runs
-with torch's default switches, as its users run it. If this code chooses another library for its
-matrix products, the loop is measured with that library as well. The limit of the scoring is the
-time of its matrix products alone, at the rate of the fastest product of the same precision here.
+with the default switches, as its users run it, and this code as train.py and evaluation.py run it.
+If this code chooses another library for its matrix products, the loop is measured with that library
+as well. The limit of the scoring is the time of its matrix products alone, at the rate of the
+fastest product of the same precision here.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from utils import (
     cpu_name,
     one_line,
     products_are_exact,
+    reuse_freed_memory,
     select_device,
     write_json,
 )
@@ -191,8 +193,9 @@ def use(product: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = product == "tf32"
 
 
-def run(product: str, work: Callable[..., object], *arguments: object) -> object:
+def run(product: str, reuse: bool, work: Callable[..., object], *arguments: object) -> object:
     use(product)
+    reuse_freed_memory(reuse)
     return work(*arguments)
 
 
@@ -200,12 +203,12 @@ def ways(
     loop: Callable[[], object], ours: Callable[[torch.dtype | None], object], machine: dict
 ) -> Works:
     """The official loop, and this code in each precision, with the products that each uses."""
-    chosen, works = machine["chosen"], {"official loop": partial(run, "default", loop)}
+    chosen, works = machine["chosen"], {"official loop": partial(run, "default", False, loop)}
     if chosen != "default":
-        works[f"official loop, {chosen}"] = partial(run, chosen, loop)
+        works[f"official loop, {chosen}"] = partial(run, chosen, False, loop)
     for precision in machine["products"]:
         product = "tf32" if precision == "tf32" else chosen
-        works[precision] = partial(run, product, ours, DTYPES[precision])
+        works[precision] = partial(run, product, True, ours, DTYPES[precision])
     return works
 
 
@@ -283,7 +286,7 @@ def scoring(opt: argparse.Namespace, machine: dict, device: torch.device) -> lis
 
 
 def train_step(model: torch.nn.Module, adam: torch.optim.Adam, batch: Batch, *dtype) -> None:
-    """As in train.py."""
+    """As in train.py, and in the authors' code but for Adam, which is fused here."""
     sims = model(batch.images, batch.captions, batch.lengths, *dtype)
     loss = triplet_loss(distributed.all_gather_rows(sims, replicated=True))
     adam.zero_grad()
@@ -299,8 +302,8 @@ def training(opt: argparse.Namespace, machine: dict, device: torch.device) -> li
     for name, size in SIZES.items():
         x = random_batch(size, n).to(device)
         loop, ours = (
-            partial(train_step, model.train(), torch.optim.Adam(model.parameters()), x)
-            for model in models(size, device)
+            partial(train_step, model.train(), torch.optim.Adam(model.parameters(), fused=fused), x)
+            for model, fused in zip(models(size, device), (None, True), strict=True)
         )
         what = f"training step, batch {n}, {name} size (D {size.D}, S {size.S})"
         rows += compare(what, ways(loop, ours, machine), 3, device)
@@ -356,7 +359,8 @@ def worker(opt: argparse.Namespace, device: torch.device) -> None:
         rows = distributed.rank_slice(n)
         batch = Batch(*(x[rows] for x in random_batch(size, n))).to(device)
         model = models(size, device)[1].train()
-        adam = torch.optim.Adam(model.parameters())
+        adam = torch.optim.Adam(model.parameters(), fused=True)
+        reuse_freed_memory()
         seconds = [clock(lambda: train_step(model, adam, batch), device) for _ in range(4)]
         if distributed.is_main_process():
             opt.worker.write_text(json.dumps(statistics.median(seconds[1:])))
