@@ -38,7 +38,7 @@ class Set(NamedTuple):
 
 TEST = "evaluation.py --bootstrap 1000 --save_metrics"
 QB_TEST = "evaluation.py --qb_norm 20 --bootstrap 1000 --save_metrics"
-RECIPE_EPOCHS = 8  # of each run of the set `recipe`
+RECIPE_EPOCHS = 15  # of each run of the set `recipe`: as many as the encoders are trained
 NO_LAYERS = "--graph_layers 0 --text_layers 0"
 MODERN = "--recipe modern --word_dim 100 --word_vectors data/word_vectors.txt"
 WARM = "--learning_rate 5e-4 --warmup_epochs 2"
