@@ -93,9 +93,9 @@ def word_mean(word_emb: Tensor, lengths: Tensor) -> Tensor:
 class WordSelfAttention(nn.Module):
     """One level of word relations: x ← x + (l gᵀ / n) u, an affinity without softmax.
 
-    l, g, u = dropout(tanh(linear(x))). With a mask, words attend only to words of their caption,
-    and n is its length. Without one (the official code), `<pad>` words take part and n is the
-    longest caption of the batch, so a caption's embedding depends on its neighbours.
+    l, g, u = dropout(tanh(linear(x))). Words attend only to words of their caption, and n is its
+    length. In the official code `<pad>` words take part, and n is the longest caption of the batch;
+    so a caption's embedding depends on its neighbours. Then they are passed as words.
     """
 
     def __init__(self, word_dim: int, drop_out: float = 0.0) -> None:
@@ -106,18 +106,21 @@ class WordSelfAttention(nn.Module):
         self.dropout = nn.Dropout(drop_out)
         init_xavier(self)
 
-    def forward(self, words: Tensor, mask: Tensor | None) -> Tensor:
-        """words (C, L, word_dim), mask (C, L) True on words or None -> (C, L, word_dim)."""
-        local = self.dropout(torch.tanh(self.local(words)))
-        global_ = self.dropout(torch.tanh(self.global_(words)))
-        value = self.dropout(torch.tanh(self.value(words)))
-        affinity = local @ global_.transpose(1, 2)  # (C, L, L)
-        if mask is None:
-            affinity = affinity / words.shape[1]
-        else:
-            mask = mask.to(words.dtype)
-            affinity = affinity * (mask / mask.sum(1, keepdim=True)).unsqueeze(1)
-        return words + affinity @ value
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        """words (W, word_dim), mask (C, L) True where they stand -> (W, word_dim)."""
+        local, global_, value = (
+            pad_words(self.dropout(torch.tanh(linear(words))), mask)
+            for linear in (self.local, self.global_, self.value)
+        )
+        affinity = local @ global_.transpose(1, 2) / mask.sum(1).view(-1, 1, 1)  # (C, L, L)
+        return words + (affinity @ value)[mask]
+
+
+def pad_words(words: Tensor, mask: Tensor) -> Tensor:
+    """Words (W, D) in the places of mask (C, L), with zeros elsewhere -> (C, L, D)."""
+    padded = words.new_zeros(*mask.shape, words.shape[1])
+    padded[mask] = words
+    return padded
 
 
 # -- pooling over one side ------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from attention import (
     init_xavier,
     inverse_length,
     l2norm,
+    pad_words,
     segment_sum,
     word_mean,
 )
@@ -91,9 +92,11 @@ class TextEncoder(nn.Module):
     def forward(self, captions: Tensor, lengths: Tensor) -> Tensor:
         """captions (C, L) word ids, padded; lengths (C,) -> word_emb (W, D), end to end."""
         mask = torch.arange(captions.shape[1], device=captions.device) < lengths.unsqueeze(1)
-        words = self.dropout(self.embed(captions))  # (C, L, word_dim)
+        attends = mask if self.padding == "masked" else torch.ones_like(mask)  # (C, L)
+        words = self.dropout(self.embed(captions[attends]))  # (W, word_dim), or (C L, word_dim)
         for layer in self.self_attention:
-            words = layer(words, mask if self.padding == "masked" else None)
+            words = layer(words, attends)
+        words = pad_words(words, attends)  # (C, L, word_dim)
         packed = pack_padded_sequence(words, lengths.cpu(), batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
         word_emb = hidden[mask[:, : hidden.shape[1]]].to(words.dtype)  # (W, D or 2 D)

@@ -302,9 +302,9 @@ def layer_updates(split: Split) -> dict[str, list[float]]:
     model, ratios = split.model, defaultdict(list)
 
     def record(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-        x, mask = inputs if len(inputs) > 1 else (*inputs, None)
-        ratio = (output - x).norm(dim=-1) / x.norm(dim=-1)  # (B, R) or (C, L)
-        ratios[layer].append(ratio.flatten() if mask is None else ratio[mask])
+        x = inputs[0]
+        ratio = (output - x).norm(dim=-1) / x.norm(dim=-1)  # (B, R) or (W,)
+        ratios[layer].append(ratio.flatten())
 
     kinds = {"graph": model.image_encoder.graph.layers, "word": model.text_encoder.self_attention}
     for layer in itertools.chain(*kinds.values()):

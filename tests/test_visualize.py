@@ -227,13 +227,14 @@ def test_updates_of_layers_are_those_of_single_images_and_captions(here, tmp_pat
     split = visualize.Split(MODEL[1], visualize.options().parse_args(["attention"]))
     model, data, means = split.model, split.data, visualize.layer_updates(split)
     images = [model.image_encoder.fc(data.image(k)[None]) for k in range(data.n_images)]
-    captions = [model.text_encoder.embed(data.words(k)[None]) for k in range(len(data))]
-    for kind, layers, inputs, mask in (
+    captions = [model.text_encoder.embed(data.words(k)) for k in range(len(data))]
+    masks = [torch.ones(1, len(words), dtype=torch.bool) for words in captions]
+    for kind, layers, inputs, others in (
         ("graph", model.image_encoder.graph.layers, images, ()),
-        ("word", model.text_encoder.self_attention, captions, (None,)),
+        ("word", model.text_encoder.self_attention, captions, (masks,)),
     ):
         for k, layer in enumerate(layers):
-            outputs = [layer(x, *mask) for x in inputs]
+            outputs = [*map(layer, inputs, *others)]
             ratios = [((y - x).norm(dim=-1) / x.norm(dim=-1)).flatten()
                       for x, y in zip(inputs, outputs, strict=True)]  # fmt: skip
             assert means[kind][k] == pytest.approx(torch.cat(ratios).mean().item(), rel=1e-4)
