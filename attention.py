@@ -1,8 +1,8 @@
-"""The attentions of LHSC: words over words, pooling over one side, words over regions.
+"""The attention layers of LHSC: words over words, pooling of one modality, words over regions.
 
-The captions of a batch stand end to end: `word_emb` is (W, D), `lengths` (C,) counts the words of
-each caption, and `caption_index` (W,) names the caption of each word. Nothing is padded, so nothing
-has to be masked, and all captions are handled at once.
+The captions of a batch are concatenated: `word_emb` is (W, D), `lengths` (C,) counts the words of
+each caption, and `caption_index` (W,) gives the caption of each word. So nothing has to be masked,
+and all captions are processed at once. Only the L × L affinities of words over words are padded.
 
 Shape letters: B images, C captions, R regions, W words of all captions end to end, L longest
 caption, D joint size, S similarity size; b images of one chunk, w words of one chunk.
@@ -27,8 +27,8 @@ LAMBDA_SOFTMAX = 9.0  # inverse temperature of the attention over regions; SCAN'
 def l2norm(x: Tensor, dim: int = -1, eps: float = EPS) -> Tensor:
     """x / (‖x‖ + eps) along `dim`; any shape, same shape out.
 
-    eps is added to the length, as in the official code (`F.normalize` clamps instead). An all-zero
-    vector stays zero and gets a zero gradient, where the square root would give NaN.
+    eps is added to the norm, as in the official code (`F.normalize` clamps instead). An all-zero
+    vector stays zero and gets a zero gradient; the gradient of the square root would be NaN.
     """
     return x * inverse_length(torch.linalg.vector_norm(x, dim=dim, keepdim=True), eps)
 
@@ -45,7 +45,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Every linear layer inside `module`: uniform ±sqrt(6 / (in + out)), bias 0."""
+    """Initialise each linear layer in `module`: uniform in ±sqrt(6 / (in + out)), bias 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -91,11 +91,11 @@ def word_mean(word_emb: Tensor, lengths: Tensor) -> Tensor:
 
 
 class WordSelfAttention(nn.Module):
-    """One level of word relations: x ← x + (l gᵀ / n) u, an affinity without softmax.
+    """One level of word relations: x ← x + (l gᵀ / n) u. The affinity has no softmax.
 
-    l, g, u = dropout(tanh(linear(x))). Words attend only to words of their caption, and n is its
-    length. In the official code `<pad>` words take part, and n is the longest caption of the batch;
-    so a caption's embedding depends on its neighbours. Then they are passed as words.
+    l, g, u = dropout(tanh(linear(x))). Words attend only to words of their own caption, and n is
+    its length. In the official code `<pad>` takes part, and n is the longest length in the batch:
+    a caption's embedding depends on its batch. To reproduce this, pass `<pad>` as words too.
     """
 
     def __init__(self, word_dim: int, drop_out: float = 0.0) -> None:
@@ -107,7 +107,7 @@ class WordSelfAttention(nn.Module):
         init_xavier(self)
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
-        """words (W, word_dim), mask (C, L) True where they stand -> (W, word_dim)."""
+        """words (W, word_dim), mask (C, L) True at each word -> (W, word_dim)."""
         local, global_, value = (
             pad_words(self.dropout(torch.tanh(linear(words))), mask)
             for linear in (self.local, self.global_, self.value)
@@ -117,19 +117,19 @@ class WordSelfAttention(nn.Module):
 
 
 def pad_words(words: Tensor, mask: Tensor) -> Tensor:
-    """Words (W, D) in the places of mask (C, L), with zeros elsewhere -> (C, L, D)."""
+    """Words (W, D), put where mask (C, L) is True, with zeros elsewhere -> (C, L, D)."""
     padded = words.new_zeros(*mask.shape, words.shape[1])
     padded[mask] = words
     return padded
 
 
-# -- pooling over one side ------------------------------------------------------------------------
+# -- pooling of one modality ----------------------------------------------------------------------
 
 
 class RegionPooling(nn.Module):
-    """The global image vector: regions weighted by how they agree with their mean.
+    """The global image vector: regions weighted by how well they agree with their mean.
 
-    h_r = dropout(tanh(BN_R(W v_r)))         BN over the region's position, R channels
+    h_r = dropout(tanh(BN_R(W v_r)))         one BN channel per region position
     k   = dropout(tanh(BN_D(W' mean_r v_r)))
     î   = l2norm(Σ_r softmax_r(c · (h_r ∘ k) + c₀) v_r)
     """
@@ -145,7 +145,7 @@ class RegionPooling(nn.Module):
         init_xavier(self)
 
     def weights(self, region_emb: Tensor) -> Tensor:
-        """region_emb (B, R, D) -> weights (B, R), each row sums to 1."""
+        """region_emb (B, R, D) -> weights (B, R); each row sums to 1."""
         local = self.dropout(torch.tanh(self.local_bn(self.local(region_emb))))
         global_ = self.dropout(torch.tanh(self.global_bn(self.global_(region_emb.mean(1)))))
         return self.common(local * global_.unsqueeze(1)).squeeze(-1).softmax(dim=1)
@@ -157,7 +157,7 @@ class RegionPooling(nn.Module):
 
 
 class WordPooling(nn.Module):
-    """The global caption vector: as RegionPooling, over a caption's words, without BatchNorm."""
+    """The global caption vector: RegionPooling for a caption's words, without BatchNorm."""
 
     def __init__(self, embed_size: int, dropout: float) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class WordPooling(nn.Module):
         init_xavier(self)
 
     def weights(self, word_emb: Tensor, lengths: Tensor) -> Tensor:
-        """word_emb (W, D), lengths (C,) -> weights (W,), those of a caption sum to 1."""
+        """word_emb (W, D), lengths (C,) -> weights (W,), which sum to 1 in each caption."""
         caption_index = caption_index_of(lengths)
         local = self.dropout(torch.tanh(self.local(word_emb)))
         global_ = self.dropout(torch.tanh(self.global_(word_mean(word_emb, lengths))))
@@ -191,14 +191,14 @@ def cross_attention(
     n_captions: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Word-guided attention over the regions of each image, as weights of a unit vector.
+    """Each word's attention over the regions of each image: weights that give unit vectors.
 
-    A = leaky_relu₀.₁(q v), each region's column divided by its length over the words of the
-    caption, softmax over regions of LAMBDA_SOFTMAX · A; then divided by ‖Σ_r weight_r v_r‖, so
+    A = leaky_relu₀.₁(q v). Each region's column is divided by its norm over the words of the
+    caption. The softmax over regions of LAMBDA_SOFTMAX · A is divided by ‖Σ_r softmax_lr v_r‖, so
     that m_l = Σ_r weight_lr v_r = l2norm(Σ_r softmax_lr v_r).
 
     region_emb (B, R, D), word_emb (W, D), caption_index (W,) -> weights (B, W, R).
-    dtype: of the large matrix products, None for the inputs'.
+    dtype: used for the large matrix products; None keeps the inputs' dtype.
     """
     n_images, n_regions, _ = region_emb.shape
     affinity = matmul(word_emb, region_emb.flatten(0, 1).T, dtype)  # (W, B R)
@@ -211,7 +211,7 @@ def cross_attention(
 
 
 def unit_weights(weights: Tensor, region_emb: Tensor) -> Tensor:
-    """Weights, scaled so that the sums of regions that they make have length 1.
+    """Weights, scaled so that each weighted sum of regions has norm 1.
 
     ‖Σ_r w_r v_r‖² = wᵀ (V Vᵀ) w: the R weights are scaled instead of the D-wide sum.
     weights (B, W, R), region_emb (B, R, D) -> (B, W, R).
@@ -221,28 +221,28 @@ def unit_weights(weights: Tensor, region_emb: Tensor) -> Tensor:
     return weights * inverse_length(safe_sqrt(squared.clamp_min(0)))
 
 
-# -- the costly line, with a backward pass by hand ------------------------------------------------
+# -- the costly step, with a hand-written backward pass -------------------------------------------
 #
-# For an image and a word the difference m_l − q_l is D wide (1024), while what goes in and what
-# comes out is narrow (R = 36 weights, S = 256). Autograd would keep three D-wide tensors for every
-# image × word of a batch. Here none is kept: the backward pass computes the difference again, one
-# chunk of images at a time. That is faster too, because a chunk stays in the cache. The plain
-# versions are the reference in tests/test_attention.py.
+# For each image and word the difference m_l − q_l is D wide (1024), but input and output are narrow
+# (R = 36 weights, S = 256). Autograd would keep three D-wide tensors for every image and word of a
+# batch. Here none is kept: the backward pass recomputes the difference, one chunk of images at a
+# time. This is also faster, because a chunk stays in the cache. The plain versions in
+# tests/test_attention.py are the reference.
 
-# About how many numbers a chunk may have: what the cache holds on a CPU, room for large matrix
-# products on a GPU.
+# About how many numbers a chunk may have: on a CPU as many as fit in the cache, on a GPU enough for
+# large matrix products.
 CHUNK_NUMEL = {"cpu": 2**21, "cuda": 2**27}
 
 
 def chunk_size(numel: int, device: torch.device) -> int:
-    """How many images make a chunk, of `numel` numbers each."""
+    """How many images make up a chunk, if each has `numel` numbers."""
     return max(1, CHUNK_NUMEL[device.type] // max(1, numel))
 
 
 def chunks(
     n_images: int, n_words: int, width: int, device: torch.device
 ) -> Iterator[tuple[slice, slice]]:
-    """Images × words in chunks of about CHUNK_NUMEL numbers, `width` for an image and word.
+    """Split images × words into chunks of about CHUNK_NUMEL numbers, `width` per image and word.
 
     A chunk has some images with all words, or one image with some words.
     """
@@ -256,9 +256,9 @@ def chunks(
 def in_chunks(
     function: Callable[..., Tensor], numel: int, of_images: tuple[Tensor, ...], *others: object
 ) -> Tensor:
-    """`function` of some images at a time, computed again in the backward pass.
+    """Apply `function` to some images at a time, and recompute it in the backward pass.
 
-    of_images: its first arguments, (B, …); numel: about how many numbers it holds for an image.
+    of_images: its first arguments, (B, …); numel: about how many numbers it needs per image.
     """
     size = chunk_size(numel, of_images[0].device)
     parts = zip(*(x.split(size) for x in of_images), strict=True)
@@ -273,12 +273,12 @@ def in_chunks(
 
 
 class Alignment(torch.autograd.Function):
-    """x = P (m − q)² + p with m = weights · regions; its length, and its product with a.
+    """x = P (m − q)² + p with m = weights · regions; its norm, and its dot product with a.
 
     weights (B, W, R), regions (B, R, D), words (W, D), P (S, D), p (S,), a (S,)
     -> x (B, W, S), ‖x‖ (B, W), a · x (B, W).
-    dtype: of the matrix products and the difference, None for the inputs'. Sums and results have
-    the inputs' dtype.
+    dtype: used for the matrix products and the difference; None keeps the inputs' dtype. Sums and
+    results always have the inputs' dtype.
     """
 
     @staticmethod
@@ -336,7 +336,7 @@ def _difference(weights: Tensor, regions: Tensor, words: Tensor) -> Tensor:
 
 
 class GatedSum(torch.autograd.Function):
-    """Σ over the words of each caption of gate · x.
+    """The sum of gate · x over the words of each caption.
 
     gates (B, W), x (B, W, S), lengths (C,) -> (B, C, S).
     """
@@ -345,7 +345,7 @@ class GatedSum(torch.autograd.Function):
     def forward(ctx, gates, x, lengths):
         ctx.save_for_backward(gates, x, lengths)
         (n_images, n_words, S), n_captions = x.shape, len(lengths)
-        # A weighted sum over consecutive rows is what embedding_bag computes, without a copy of x.
+        # embedding_bag computes a weighted sum over consecutive rows, without copying x.
         rows = torch.arange(n_images * n_words, device=x.device)
         start = torch.arange(n_images, device=x.device).unsqueeze(1) * n_words
         offsets = (start + lengths.cumsum(0) - lengths).flatten()  # (B C,) first word of each

@@ -1,4 +1,4 @@
-"""What LHSC is compared with: its similarity with parts left out or changed, SCAN's, VSE++'s.
+"""Baselines for LHSC: its similarity with parts removed or changed, SCAN's, and VSE++'s.
 
 Encoders, loss and evaluation are LHSC's. Without graph and word layers (`--graph_layers 0
 --text_layers 0`) LHSC itself is SGRAF's SAF.
@@ -80,8 +80,8 @@ class GlobalSimilarity(SimilarityEncoder):
 class AttendedSimilarity(SimilarityEncoder):
     """The global image vector is pooled from the regions that a caption's words attend to.
 
-    This is the paper's figure; the official code pools it from the regions alone. Each caption
-    then has an image vector of its own.
+    So an image has a different vector for each caption. The paper's figure shows this; the
+    official code pools the image vector from the regions alone.
     """
 
     image_global = Similarity.image_global
@@ -123,7 +123,7 @@ class AttendedPooling(WordPooling):
         caption_index, n_captions = caption_index_of(lengths), len(lengths)
         mean = segment_sum(weights, caption_index, n_captions, dim=1)
         mean = mean / lengths.view(-1, 1)  # (B, C, R)
-        local, global_ = (  # W meets the R regions of an image, not the words of all captions
+        local, global_ = (  # W multiplies the R regions of an image, not the words of all captions
             matmul(part, matmul(region_emb, fc.weight.T, dtype), dtype) + fc.bias
             for part, fc in ((weights, self.local), (mean, self.global_))
         )  # (B, W, D), (B, C, D)
@@ -143,7 +143,7 @@ class SCANSimilarity(Similarity):
     def score(
         self, images: EncodedImages, captions: EncodedCaptions, dtype: torch.dtype | None = None
     ) -> Tensor:
-        weights = attend(images, captions, dtype)  # (B, W, R), m_l has length 1
+        weights = attend(images, captions, dtype)  # (B, W, R), m_l has norm 1
         words, lengths = l2norm(captions.word_emb), captions.lengths
         products = matmul(words, images.region_emb.transpose(1, 2), dtype)  # (B, W, R)
         cosines = (weights * products).sum(-1)  # (B, W) Σ_r weight_lr (q_l · v_r) / ‖q_l‖
@@ -151,9 +151,9 @@ class SCANSimilarity(Similarity):
 
 
 class VSESimilarity(Similarity):
-    """VSE++'s cosine of one vector each, here of the mean region and the mean word.
+    """VSE++'s cosine of an image vector and a caption vector: the mean region, the mean word.
 
-    VSE++ itself has a CNN's vector of the whole picture, and the GRU's last state.
+    VSE++ itself uses a CNN's vector of the whole image, and the last state of the GRU.
     """
 
     def __init__(self, *sizes: float) -> None:
@@ -176,7 +176,7 @@ SIMILARITIES = {
 
 
 def build_model(similarity: str = "lhsc", **sizes: object) -> LHSC:
-    """LHSC, or one of what it is compared with: a name of SIMILARITIES and LHSC's arguments."""
+    """LHSC or a baseline, from a name in SIMILARITIES and LHSC's other arguments."""
     return LHSC(similarity=SIMILARITIES[similarity], **sizes)
 
 

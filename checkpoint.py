@@ -80,9 +80,9 @@ _HEADS = ("", "1", "2", "3")
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint, ours or an official one, onto the CPU; never runs code from the file.
 
-    Every byte of our files is compared with the checksums inside.
+    Our files are verified against the checksums that they contain.
 
-    Raises InputError if there is no such file, it is damaged, or no LHSC checkpoint.
+    Raises InputError if the file is missing, damaged, or not an LHSC checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,7 +90,7 @@ def load_checkpoint(path: str | Path) -> dict:
             f"{path}: no checkpoint here; train one with train.py or name one with --model_path"
         )
     try:
-        if zipfile.is_zipfile(path):  # what Python 2 wrote is no archive and has no checksums
+        if zipfile.is_zipfile(path):  # Python 2's files are not archives and have no checksums
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise InputError(f"its part {damaged} does not fit its checksum")
@@ -98,7 +98,7 @@ def load_checkpoint(path: str | Path) -> dict:
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except Exception as error:  # whatever the readers say of bytes that are no checkpoint
+    except Exception as error:  # readers raise errors of many types on damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         size = path.stat().st_size
         raise InputError(f"{path}: damaged, or no checkpoint ({size} bytes): {reason}") from error
@@ -119,7 +119,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _translate_official(states: list[dict], opt: dict) -> dict:
-    """An official checkpoint -> what a checkpoint of ours holds."""
+    """An official checkpoint -> the contents of one of ours."""
     if len(states) != 3:
         raise InputError("'model' should be three state dicts [image, text, similarity]")
     state = rename_official(*states)
@@ -131,7 +131,7 @@ def _translate_official(states: list[dict], opt: dict) -> dict:
         return len({name.removeprefix(layers).split(".")[0] for name in state if layers in name})
 
     opt = {text(name): text(value) for name, value in opt.items()} | {
-        # sizes are read from the weights, which cannot lie
+        # sizes are read from the weights, which are always right
         "vocab_size": state["text_encoder.embed.weight"].shape[0],
         "img_dim": state["image_encoder.fc.weight"].shape[1],
         "num_regions": state["similarity.region_pooling.local_bn.weight"].shape[0],
@@ -175,7 +175,7 @@ def _our_name(part: str, name: str) -> str:
 
 
 def check_options(opt: dict, path: str | Path) -> None:
-    """Raise InputError unless a checkpoint's options have the types of train.py's."""
+    """Raise InputError if an option of a checkpoint is missing, or has a wrong type or value."""
     if missing := MODEL_OPTIONS.keys() - opt.keys():
         raise InputError(f"{path}: its options lack {min(missing)}")
     for name, kind in (MODEL_OPTIONS | DATA_OPTIONS).items():
@@ -192,7 +192,7 @@ def check_options(opt: dict, path: str | Path) -> None:
 def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
     """The model a checkpoint holds, in eval mode.
 
-    Raises InputError if its options and its weights do not fit each other.
+    Raises InputError if its options and its weights do not match.
     """
     opt, weights = checkpoint["opt"], checkpoint["model"]
     check_options(opt, path)
@@ -213,7 +213,7 @@ def model_from(checkpoint: dict, path: str | Path = "checkpoint") -> LHSC:
 
 
 def is_of_type(value: object, kind: type) -> bool:
-    """Whether an option has its type; an integer is a float too, but a bool is no integer."""
+    """Whether an option has its type; an int counts as a float, but a bool not as an int."""
     return type(value) is kind or (kind is float and type(value) is int)
 
 
@@ -223,7 +223,7 @@ def is_of_type(value: object, kind: type) -> bool:
 def save_checkpoint(state: dict, path: str | Path) -> None:
     """Write `state` so that `path` holds either the old file or the whole new one.
 
-    Raises OSError if the disk is full or the folder read-only; what was there is left as it was.
+    Raises OSError if the disk is full or the folder read-only; the old file then stays as it was.
     """
     try:
         atomic_write(path, lambda file: torch.save(state, file))
@@ -247,7 +247,7 @@ def step_files(folder: Path) -> list[Path]:
 
 
 def load_latest(folder: Path) -> tuple[Path, dict]:
-    """The newest state of a run that is whole; damaged ones are set aside, with a line each.
+    """The newest intact state of a run; damaged ones are renamed, with a warning for each.
 
     Raises InputError if there is none.
     """
@@ -266,13 +266,13 @@ def load_latest(folder: Path) -> tuple[Path, dict]:
 
 
 def random_states() -> dict:
-    """Of PyTorch, on the CPU and on CUDA; nothing else in a training draws random numbers."""
+    """The random states of PyTorch, on CPU and CUDA; training uses no other random numbers."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: dict) -> None:
-    """What random_states returned; CUDA's only where there are as many devices."""
+    """Restore what random_states returned; CUDA's only if the number of devices is the same."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

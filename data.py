@@ -1,12 +1,12 @@
 """Precomputed regions and captions in SCAN's layout.
 
-    DATA_PATH/DATA_NAME/{split}_ims.npy    float32 or float16 (n, R, img_dim), one row an image, or
-                                           each row five times over (older files)
-    DATA_PATH/DATA_NAME/{split}_caps.txt   one caption a line, those of an image consecutive
-    DATA_PATH/DATA_NAME/{split}_ids.txt    one image id a line (optional)
-    DATA_PATH/DATA_NAME/{split}_boxes.npy  where the regions lie (optional, for pictures only)
+    DATA_PATH/DATA_NAME/{split}_ims.npy    float32 or float16 (n, R, img_dim), one row per image, or
+                                           each row repeated five times (older files)
+    DATA_PATH/DATA_NAME/{split}_caps.txt   one caption per line, those of an image consecutive
+    DATA_PATH/DATA_NAME/{split}_ids.txt    one image id per line (optional)
+    DATA_PATH/DATA_NAME/{split}_boxes.npy  boxes of the regions (optional, for figures only)
 
-Shape letters: B images (one an example of a batch), C captions (C = B in a batch), R regions,
+Shape letters: B images (one per example of a batch), C captions (C = B in a batch), R regions,
 L longest caption.
 """
 
@@ -48,15 +48,15 @@ def open_array(path: Path) -> np.memmap:
         return np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
-    except Exception as error:  # whatever numpy's parser says of bytes that are no array
+    except Exception as error:  # numpy raises errors of many types on damaged files
         raise InputError(f"{path}: not a readable .npy array: {error}") from error
 
 
 class RegionFile:
-    """A `{split}_ims.npy`, one row an image.
+    """The regions in a `{split}_ims.npy`, by row.
 
-    The file is mapped anew for every read, so memory does not grow with what was read, and a copy
-    in a worker process needs no open file. Raises InputError for another type, rank or size.
+    The file is mapped again for every read, so memory does not grow with the rows read, and a copy
+    in a worker process needs no open file. Raises InputError for a wrong dtype, rank or size.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RegionFile:
         return regions
 
     def repeats(self) -> bool:
-        """Whether each image stands five times over (looked at in three places)."""
+        """Whether each row is repeated five times (checked in three places)."""
         n_images, rest = divmod(self.num_rows, REPEATED)
         starts = {REPEATED * image for image in (0, n_images // 2, n_images - 1)}
         return not rest and all((self[k : k + REPEATED] == self[k]).all() for k in starts)
@@ -93,7 +93,7 @@ class RegionFile:
 class Captions:
     """Captions as word ids, in one array: worker processes share it instead of copying lists.
 
-    Raises InputError for a caption that is too long, with its line in `source`.
+    Raises InputError for a caption that is too long, naming its line in `source`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Captions:
         return self._words[end - self.lengths[index] : end]
 
     def caption_blocks(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The captions `order` names: padded (≤ size, longest of the block), lengths, indices."""
+        """The captions in `order`, in blocks: padded captions (≤ size, L), lengths, indices."""
         for block in order.split(size):
             yield *pad([self.words(int(i)) for i in block]), block
 
@@ -127,11 +127,11 @@ class Captions:
 class PrecompDataset(Captions, Dataset):
     """One split: an example is a caption with its image.
 
-    An evaluation goes through images and captions apart (`image_blocks`, `caption_blocks`).
-    Raises InputError for missing files, files of a wrong kind, or counts that do not fit.
+    Evaluation reads images and captions separately (`image_blocks`, `caption_blocks`).
+    Raises InputError for missing or invalid files, or counts that do not match.
 
-    img_dim, num_regions: refuse a file of other sizes; None takes what the file holds.
-    max_captions: keep only the first so many captions (the official code cuts dev at 5,000).
+    img_dim, num_regions: the sizes that the file must have; None accepts any.
+    max_captions: keep only this many captions, the first (the official code cuts dev at 5,000).
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class PrecompDataset(Captions, Dataset):
         return self.image(image), self.words(index), image, index
 
     def image_blocks(self, size: int, images: slice | None = None) -> Iterator[Tensor]:
-        """All images or some, each once, in order: (≤ size, R, img_dim) at a time."""
+        """All images or those of a slice, each once, in order, in blocks (≤ size, R, img_dim)."""
         images = images or slice(0, self.n_images)
         for start in range(images.start, images.stop, size):
             stop = min(start + size, images.stop)
@@ -180,7 +180,7 @@ class PrecompDataset(Captions, Dataset):
 
 
 def find_files(data_path: str | Path, data_name: str, split: str) -> tuple[Path, Path, Path]:
-    """Paths of a split's regions, captions and (optional) ids. Raises InputError if it has none."""
+    """A split's files: regions, captions, (optional) ids. Raises InputError if one is missing."""
     folder = Path(data_path) / data_name
     ims, caps, ids = (folder / f"{split}_{kind}" for kind in ("ims.npy", "caps.txt", "ids.txt"))
     if missing := [file.name for file in (ims, caps) if not file.is_file()]:
@@ -194,9 +194,9 @@ def find_files(data_path: str | Path, data_name: str, split: str) -> tuple[Path,
 
 
 def read_ids(path: Path, n_images: int) -> list[str]:
-    """The image ids of a split, one an image: `{split}_ids.txt`, or numbers where it is missing.
+    """The image ids of a split, one per image: `{split}_ids.txt`, or numbers if it is missing.
 
-    It may say each id once for every caption. Raises InputError if the number of ids does not fit.
+    The file may repeat an id for each caption. Raises InputError if the number of ids is wrong.
     """
     if not path.is_file():
         return [str(image) for image in range(n_images)]
@@ -207,9 +207,9 @@ def read_ids(path: Path, n_images: int) -> list[str]:
 
 
 def read_boxes(path: Path, n_images: int, num_regions: int) -> np.ndarray | None:
-    """The boxes of the regions, `{split}_boxes.npy`, memory-mapped: (n_images, R, 4), or None.
+    """The region boxes of `{split}_boxes.npy`, memory-mapped (n_images, R, 4); None without it.
 
-    x1 y1 x2 y2, as shares of the picture (all ≤ 1) or in its pixels. Raises InputError otherwise.
+    x1 y1 x2 y2, in pixels or as fractions (all ≤ 1). Raises InputError for a wrong shape or type.
     """
     if not path.is_file():
         return None
@@ -235,24 +235,24 @@ def collate(examples: list[tuple[Tensor, Tensor, int, int]]) -> Batch:
 
 
 def size_augmentation(batch: Batch, p: float) -> Batch:
-    """Zero each region and leave out each word with probability p (VSE∞); <start>, <end> stay."""
+    """Zero each region and drop each word with probability p (VSE∞); <start> and <end> stay."""
     images, captions, lengths, *indices = batch
     regions = torch.rand(images.shape[:2], device=images.device) >= p  # (B, R)
     place = torch.arange(captions.shape[1], device=captions.device)  # (L,)
     end = lengths.unsqueeze(1) - 1
     words = (torch.rand(captions.shape, device=captions.device) >= p) & (place < end)
     words |= (place == 0) | (place == end)  # (C, L)
-    order = words.argsort(dim=1, descending=True, stable=True)  # those that stay, in their order
+    order = words.argsort(dim=1, descending=True, stable=True)  # kept words first, in order
     captions, lengths = (captions * words).gather(1, order), words.sum(1)
     return Batch(images * regions.unsqueeze(2), captions[:, : lengths.max()], lengths, *indices)
 
 
 class ShuffledBatches:
-    """A batch sampler whose order depends on (seed, epoch) alone: call `set_epoch` each epoch.
+    """A batch sampler whose order depends only on seed and epoch: call `set_epoch` each epoch.
 
-    A last batch of one example is left out: it has no negative, and no batch statistics. Each of
-    several processes gets its share of a batch, longest captions first as `collate` has them; a
-    last batch with fewer examples than processes is left out.
+    A last batch of one example is left out: it has no negative and no batch statistics. With
+    several processes each gets its share of a batch, longest captions first as in `collate`. A
+    last batch with fewer examples than processes is left out too.
 
     lengths: (C,) words of each example's caption.
     """
@@ -262,7 +262,7 @@ class ShuffledBatches:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The batches of an epoch without its first `start` ones."""
+        """Choose the epoch, and skip its first `start` batches."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -288,12 +288,12 @@ def train_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # so that no random number of torch's own is used up
+        generator=torch.Generator(),  # so that torch's default generator is not used
         worker_init_fn=_leave_signals_to_main,
     )
 
 
 def _leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C reaches every process; the main process ends the run, and its workers with it."""
+    """Ctrl-C reaches every process; the main process ends the run and its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -128,7 +128,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _AllReduce.apply(x, True)
 
 
-def all_gather_rows(x: Tensor, replicated: bool = False) -> Tensor:
+def all_gather_with_grad(x: Tensor, replicated: bool = False) -> Tensor:
     """The rows of all ranks end to end; the ranks may have different numbers of rows.
 
     replicated: every rank does the same with the rows from then on, so each already holds the whole

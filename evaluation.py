@@ -51,17 +51,17 @@ from vocab import Vocabulary, vocab_file
 
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
 ENCODE_BATCH = 100  # the official code's; with its padding a caption's embedding depends on it
-ATTENTION_NUMEL = 2**21  # of a batch of captions; only those over 145 words need smaller batches
-SCORE_CHUNK = {"cpu": (16, 512), "cuda": (128, 1024)}  # images, words that are scored at once
+ATTENTION_NUMEL = 2**21  # most C · L² of a batch; captions over 145 words get smaller batches
+SCORE_CHUNK = {"cpu": (16, 512), "cuda": (128, 1024)}  # images, words scored at once
 N_FOLDS = 5
-BANK_CAPTIONS = 5000  # of QB-Norm, from the training split, with their images
-COLLAPSED = 1e-6  # scores this close together are one score
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the scoring's products
+BANK_CAPTIONS = 5000  # training captions in QB-Norm's bank, with their images
+COLLAPSED = 1e-6  # scores within this range count as equal
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the large matrix products
 
 
 @torch.inference_mode()
 def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) -> EncodedImages:
-    """Every image of the split, each once; each of several processes encodes its share."""
+    """Encode every image of the split once. Each of several processes encodes its share."""
     rows = rank_slice(dataset.n_images)
     n_blocks = -(-(rows.stop - rows.start) // ENCODE_BATCH)
     D, fused = model.image_encoder.fc.out_features, model.image_encoder.graph.fused_weights()
@@ -75,10 +75,10 @@ def encode_images(model: LHSC, dataset: PrecompDataset, device: torch.device) ->
 
 @torch.inference_mode()
 def encode_captions(model: LHSC, dataset: Captions, device: torch.device) -> EncodedCaptions:
-    """Every caption, 100 at a time, similar lengths together, which pads little.
+    """Encode every caption, 100 at a time, sorted by length so that there is little padding.
 
-    With the official padding, where it matters which captions share a batch, in file order. Each
-    of several processes encodes its share of the batches, and all have all captions.
+    With the official padding it matters which captions share a batch, so file order is kept. Each
+    of several processes encodes its share of the batches, and all of them get all captions.
     """
     lengths = dataset.lengths
     in_file_order = model.text_encoder.padding == "official"
@@ -111,8 +111,8 @@ def score(
 ) -> np.ndarray:
     """Scores of all images × all captions: float32 (n_images, n_captions) on the CPU.
 
-    dtype: of the large matrix products. Time grows with images × words; memory beyond the result
-    is that of one chunk.
+    dtype: used for the large matrix products. Time grows with images × words. Memory: the result
+    and one chunk.
     """
     n_images, n_words = SCORE_CHUNK[images.image_global.device.type]
     sims = np.empty((len(images.image_global), len(captions.lengths)), dtype=np.float32)
@@ -127,7 +127,7 @@ def score(
 
 
 def caption_chunks(lengths: torch.Tensor, n_words: int) -> list[slice]:
-    """Consecutive captions of at most `n_words` words together (a longer one stands alone)."""
+    """Consecutive captions with at most `n_words` words in total (or one longer caption)."""
     chunks, start, words = [], 0, 0
     for caption, length in enumerate(lengths.tolist()):
         if words and words + length > n_words:
@@ -140,7 +140,7 @@ def caption_chunks(lengths: torch.Tensor, n_words: int) -> list[slice]:
 def fold_slices(n_images: int, n_captions: int) -> list[tuple[slice, slice]]:
     """Five equal, consecutive folds: the images and the captions of each.
 
-    Raises InputError if the images cannot be divided so.
+    Raises InputError if the images cannot be divided into five.
     """
     if n_images % N_FOLDS or n_captions % n_images:
         raise InputError(f"--fold5: {n_images} images do not make {N_FOLDS} equal folds")
@@ -152,7 +152,7 @@ def fold_slices(n_images: int, n_captions: int) -> list[tuple[slice, slice]]:
 
 
 def local_slice(rows: slice, dataset: PrecompDataset) -> slice:
-    """Those of some images that this process has encoded, counted from its first."""
+    """The part of `rows` that this process has encoded, counted from its first image."""
     own = rank_slice(dataset.n_images)
     start = min(max(rows.start, own.start), own.stop)
     return slice(start - own.start, max(start, min(rows.stop, own.stop)) - own.start)
@@ -169,14 +169,14 @@ def evaluate(
     bank: PrecompDataset | None = None,
     beta: float = 20.0,
 ) -> tuple[dict, np.ndarray | None]:
-    """Metrics of one model, or of several by the mean of their scores, and the score matrix.
+    """Metrics of a model, or of an ensemble (the mean of the scores), and the score matrix.
 
-    bank: training images and captions, for metrics.qb_norm with this beta; the matrix is not
-    changed by it.
+    bank: training images and captions for metrics.qb_norm with this beta. It changes the metrics
+    but not the matrix.
 
-    With `fold5` and not `want_sims` only the blocks of the folds are scored, a fifth of the work,
-    and no matrix is returned. Each of several processes scores its share of the images; all return
-    the same.
+    With `fold5` and without `want_sims`, only the blocks of the folds are scored, a fifth of the
+    work, and no matrix is returned. Each of several processes scores its share of the images; all
+    return the same.
 
     Raises InputError if a score is not finite.
     """
@@ -212,7 +212,7 @@ def evaluate(
     image_of_caption = dataset.image_of_caption[folds[0][1] if fold5 else slice(None)]
     by_way = [(block, block) for block in blocks]  # scores for i2t, for t2i
     if bank is not None:
-        of_images, of_captions = banks  # the bank's, with all captions and with all images
+        of_images, of_captions = banks  # bank images × all captions, all images × bank captions
         by_way = [
             qb_norm_both_ways(block, of_images[:, c], of_captions[i], beta)
             for block, (i, c) in zip(blocks, folds or [whole], strict=True)
@@ -232,7 +232,7 @@ def evaluate(
 
 
 def protocol(data_name: str, split: str, n_images: int, fold5: bool) -> str:
-    """The name of the protocol that a number belongs to."""
+    """The name of the evaluation protocol."""
     coco_testall = data_name.startswith("coco") and split == "testall" and n_images == 5000
     if fold5:
         name = "COCO 1K" if coco_testall else f"{data_name} {split}"
@@ -277,9 +277,9 @@ def report(metrics: dict) -> str:
 
 
 def load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabulary]:
-    """A model, its options overridden by those of `opt` that are not None, and its vocabulary.
+    """A model, its options (those of `opt` that are not None override them), and its vocabulary.
 
-    Raises InputError if the checkpoint or its vocabulary is missing, or they do not fit.
+    Raises InputError if the checkpoint or its vocabulary is missing, or they do not match.
     """
     checkpoint = load_checkpoint(path)
     model = model_from(checkpoint, path)
@@ -289,7 +289,7 @@ def load(path: str | Path, opt: argparse.Namespace) -> tuple[LHSC, dict, Vocabul
         raise InputError(f"{path}: it does not name its data set; give --data_name")
     # A model keeps the vocabulary of the data it was trained on, whatever it is evaluated on.
     trained_on = checkpoint["opt"].get("data_name", settings["data_name"])
-    file = Path(path).with_name("vocab.json")  # a model that is handed over has its own beside it
+    file = Path(path).with_name("vocab.json")  # an exported model has its vocabulary beside it
     if given.get("vocab_path") or not file.is_file():
         file = vocab_file(settings["vocab_path"], trained_on)
     vocab = Vocabulary.load(file)
@@ -311,7 +311,7 @@ def options() -> argparse.ArgumentParser:
     add("--model_path", default=[DEFAULT_MODEL], nargs="+", metavar="CKPT",
         help="checkpoint; the scores of several are averaged")
     add("--data_path", default=None, help="folder of the data sets")
-    add("--data_name", default=None, help="its folder in data_path")
+    add("--data_name", default=None, help="the data set's folder in data_path")
     add("--vocab_path", default=None, help="folder of the vocabularies")
     add("--split", default="test", choices=["dev", "test", "testall"])
     add("--fold5", default=False, action=switch,
@@ -320,21 +320,21 @@ def options() -> argparse.ArgumentParser:
         help="write the scores, float32 (n_images, n_captions)")
     add("--save_metrics", default=None, metavar="F.json", help="write the metrics")
     add("--qb_norm", default=0.0, type=number(0), metavar="BETA",
-        help="querybank normalisation, e.g. 20: scores less the hubness of images and captions, "
-        "which 5,000 training captions and their images find; 0 = none")
+        help="querybank normalisation, e.g. 20: subtracts the hubness of images and captions, "
+        "measured with 5,000 training captions and their images; 0 = none")
     add("--bootstrap", default=0, type=at_least(0), metavar="N",
-        help="95%% intervals from N samples of the images, e.g. 1000")
+        help="95%% intervals from N bootstrap samples of the images, e.g. 1000")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--matmul", default="auto", choices=["auto", "default", "onednn"],
-        help="library of float32 products on the CPU; auto: oneDNN where it is exact and faster")
+        help="library for float32 matmul on the CPU; auto: oneDNN where it is exact and faster")
     add("--precision", default="fp32", choices=[*PRECISIONS],
-        help="of the scoring's matrix products; bf16 is faster and moves scores in the third "
+        help="of the large matrix products; bf16 is faster and changes scores in the third "
         "decimal")
     return parser  # fmt: skip
 
 
 def run(opt: argparse.Namespace, device: torch.device) -> dict:
-    """What the command line does; returns the metrics it prints."""
+    """Run the command; returns the metrics that it prints."""
     check_targets(opt.save_sims, opt.save_metrics)
     choose_matmul(device, opt.matmul)
     paths = [opt.model_path] if isinstance(opt.model_path, str | Path) else opt.model_path
@@ -380,7 +380,7 @@ def evalrank(
 ) -> dict:
     """Evaluate a checkpoint on a split: prints the metrics and returns them.
 
-    others: any other option of the command line by name (vocab_path, data_name, device, …).
+    others: any other command-line option by name (vocab_path, data_name, device, …).
 
     Raises InputError for anything wrong with the files.
     """

@@ -16,7 +16,7 @@ from distributed import all_reduce_sum, world_size
 
 
 class FusedWeights(NamedTuple):
-    """A graph layer's weights, multiplied out; F.linear takes the matrices."""
+    """A graph layer's weights, multiplied; the matrices are laid out for F.linear."""
 
     pair: Tensor  # (D, D) B Aᵀ
     pair_bias: Tensor  # (D,) B a₀
@@ -32,12 +32,12 @@ class GraphLayer(nn.Module):
     a = FC1 θ(V),  b = FC2 φ(V),  G = a bᵀ / R        affinity: no softmax, no box geometry
     V ← V + BN(w(G g(V)))
 
-    The scale *and* the shift of BN start at 0, so each layer starts as the identity. θ and φ of the
-    official code are four heads D → D/4 whose outputs are concatenated: one D → D linear layer.
+    The scale *and* the shift of BN start at 0, so each layer starts as the identity. In the
+    official code θ and φ have four heads D → D/4, concatenated: that is one D → D linear layer.
 
-    No nonlinearity stands between FC1 and θ, FC2 and φ, w and g. So the weights of each pair are
-    multiplied first, and the regions meet two matrices instead of six. With a = V A + a₀,
-    b = V B + b₀ and w(g(v)) = v M + m + w₀:
+    There is no nonlinearity between FC1 and θ, FC2 and φ, w and g. So the weights of each pair are
+    multiplied first, and the regions are multiplied by two matrices instead of six. With
+    a = V A + a₀, b = V B + b₀ and w(g(v)) = v M + m + w₀:
 
     R · G = (V A Bᵀ + a₀ Bᵀ) Vᵀ + (V A b₀ + a₀ · b₀) 1ᵀ,   w(G g(V)) = G (V M + m) + w₀
     """
@@ -61,7 +61,7 @@ class GraphLayer(nn.Module):
         return FusedWeights(B @ A.T, B @ a0, A @ b0, a0 @ b0, M, m)
 
     def forward(self, regions: Tensor, fused: FusedWeights | None = None) -> Tensor:
-        """regions (B, R, D) -> (B, R, D). fused: this layer's, if they are at hand already."""
+        """regions (B, R, D) -> (B, R, D). fused: fused_weights(), if already computed."""
         pair, pair_bias, own, own_bias, M, m = fused or self.fused_weights()
         affinity = F.linear(regions, pair, pair_bias) @ regions.transpose(1, 2)  # (B, R, R)
         affinity = affinity + (regions @ own + own_bias).unsqueeze(2)
@@ -71,11 +71,11 @@ class GraphLayer(nn.Module):
 
 
 class RegionGraph(nn.Module):
-    """A stack of graph layers, one level of the hierarchy each.
+    """A stack of graph layers, one for each level of the hierarchy.
 
     level 0   objects        the projected regions, before any layer
-    level 1   relations      each region has heard from every other: pairs of objects
-    level 2…  higher levels  relations of relations: groups, and in the end the scene
+    level 1   relations      each region has a message from every other: pairs of objects
+    level 2…  higher levels  relations of relations: groups, and finally the scene
     """
 
     def __init__(self, embed_size: int, num_layers: int = 4) -> None:
@@ -83,7 +83,7 @@ class RegionGraph(nn.Module):
         self.layers = nn.ModuleList(GraphLayer(embed_size) for _ in range(num_layers))
 
     def fused_weights(self) -> list[FusedWeights]:
-        """Of every layer: made once where many batches meet the same weights."""
+        """Those of every layer; compute them once if many batches use the same weights."""
         return [layer.fused_weights() for layer in self.layers]
 
     def forward(self, objects: Tensor, fused: Sequence[FusedWeights] | None = None) -> Tensor:
@@ -97,12 +97,12 @@ class RegionGraph(nn.Module):
 class BatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over the global batch: PyTorch's own in a single process and for inference.
 
-    Otherwise mean and variance are summed over the ranks, and the buffers move on every rank alike.
+    Otherwise mean and variance are those of all ranks, and every rank updates its buffers alike.
     (PyTorch's SyncBatchNorm does this on GPUs only.)
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C) or (N, C, L), statistics of each channel over the rest and all ranks."""
+        """x (N, C) or (N, C, L); statistics of each channel over the other axes and all ranks."""
         if world_size() == 1 or not self.training:
             return super().forward(x)
         x = x.to(self.running_mean.dtype)  # from bfloat16, in mixed precision

@@ -1,7 +1,7 @@
 """Retrieval metrics: pure functions of a score matrix and the image of each caption.
 
-A query's rank counts the wrong answers that score at least as high as its best right one, so ties
-count against the model and a collapsed one cannot look good.
+A query's rank is the number of wrong answers that score at least as high as its best correct one.
+So ties count against the model, and a collapsed model cannot look good.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def i2t_ranks(sims: np.ndarray, image_of_caption: np.ndarray) -> np.ndarray:
-    """Images as queries: the rank, from 0, of the best of each image's captions.
+    """Images as queries: the rank, from 0, of each image's best caption.
 
     sims (n_images, n_captions), image_of_caption (n_captions,) -> (n_images,).
     """
@@ -40,15 +40,15 @@ def recalls(ranks: np.ndarray) -> dict[str, float]:
 
 
 def qb_norm(sims: np.ndarray, bank: np.ndarray, beta: float) -> np.ndarray:
-    """Querybank normalisation: scores less the hubness of what they are the scores of.
+    """Querybank normalisation: subtract from each score the hubness of its answer.
 
-    Some answers score high for all queries. Here they are found by queries of the training set:
+    Some answers score high for all queries. Queries of the training set (the bank) find them:
 
     hubness_g = log(Σ_b exp(β bank_bg)) / β,   sims_qg ← sims_qg − hubness_g
 
-    which ranks as the inverted softmax does. Only queries whose best answer is the best one of a
-    bank query too are changed ("dynamic"). Bogolin et al., "Cross Modal Retrieval with Querybank
-    Normalisation", CVPR 2022.
+    This ranks like the inverted softmax. Scores change only for queries whose best answer is also
+    the best answer of a bank query ("dynamic"). Bogolin et al., "Cross Modal Retrieval with
+    Querybank Normalisation", CVPR 2022.
 
     sims (n_queries, n_answers), bank (n_bank_queries, n_answers) -> (n_queries, n_answers).
     """
@@ -63,7 +63,7 @@ def qb_norm_both_ways(
 ) -> tuple[np.ndarray, np.ndarray]:
     """qb_norm of sims (n_images, n_captions) for image to text, and for text to image.
 
-    of_images (n_bank_images, n_captions), of_captions (n_images, n_bank_captions): the bank's.
+    of_images (n_bank_images, n_captions), of_captions (n_images, n_bank_captions): bank scores.
     """
     return qb_norm(sims, of_images, beta), qb_norm(sims.T, of_captions.T, beta).T
 
@@ -71,14 +71,14 @@ def qb_norm_both_ways(
 def retrieval_metrics(
     sims: np.ndarray, image_of_caption: np.ndarray, t2i_sims: np.ndarray | None = None
 ) -> dict:
-    """Both directions and their sum.
+    """The metrics of both directions, and rsum.
 
     sims (n_images, n_captions), image_of_caption (n_captions,) ->
     {"i2t": {r1, r5, r10, medr, meanr}, "t2i": {…}, "rsum", "n_images", "n_captions"}.
-    t2i_sims: scores for text to image, if they are others (qb_norm).
+    t2i_sims: scores for text to image, if they differ (qb_norm).
 
-    Raises ValueError for scores that are not finite, counts that do not fit, or an image that has
-    no caption.
+    Raises ValueError for scores that are not finite, counts that do not match, or an image without
+    a caption.
     """
     image_of_caption = np.asarray(image_of_caption)
     n_images, n_captions = sims.shape
@@ -109,7 +109,7 @@ def mean_metrics(folds: list[dict]) -> dict:
     }
 
 
-# -- how sure a number is -------------------------------------------------------------------------
+# -- confidence intervals -------------------------------------------------------------------------
 
 RECALLS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
 
@@ -117,10 +117,10 @@ RECALLS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")
 def image_hits(
     sims: np.ndarray, image_of_caption: np.ndarray, t2i_sims: np.ndarray | None = None
 ) -> np.ndarray:
-    """What each image adds to the six recalls: (n_images, 7). Arguments as of retrieval_metrics.
+    """What each image adds to the six recalls: (n_images, 7). Arguments as in retrieval_metrics.
 
-    In the order of RECALLS whether the image finds one of its captions, and how many of its
-    captions find it; last, how many captions it has.
+    In the order of RECALLS: whether the image finds one of its captions, and how many of its
+    captions find it. The last column is the number of its captions.
     """
     i2t = i2t_ranks(sims, image_of_caption)
     t2i = t2i_ranks(sims if t2i_sims is None else t2i_sims, image_of_caption)
@@ -131,17 +131,17 @@ def image_hits(
 
 
 def recalls_of(sums: np.ndarray, n: int) -> np.ndarray:
-    """Sums (7,) of n images' hits -> the six recalls in percent."""
+    """image_hits, summed over n images (7,) -> the six recalls in percent."""
     return 100.0 * np.concatenate([sums[:3] / n, sums[3:6] / sums[6]])
 
 
 def resampled(folds: list[np.ndarray], n_samples: int, seed: int) -> np.ndarray:
     """The six recalls of bootstrap samples: (n_samples, 6), the mean over folds.
 
-    folds: image_hits of each (one, if there are no folds). A sample draws as many images as there
-    are, with replacement, each with its captions. The gallery stays whole, so ranks stay as they
-    are and both directions share the draw: what another gallery, or another seed of training,
-    would do is not in these numbers.
+    folds: the image_hits of each fold (of one, if there are no folds). A sample draws n of the n
+    images with replacement, each with its captions. The gallery is not resampled, so ranks do not
+    change, and both directions share the draw. So these numbers do not show how much another
+    gallery, or another training seed, would change the recalls.
     """
     rng = np.random.default_rng(seed)
     means = np.zeros((n_samples, len(RECALLS)))
@@ -161,7 +161,7 @@ def interval(samples: np.ndarray) -> list[float]:
 def bootstrap_intervals(folds: list[np.ndarray], n_samples: int = 1000, seed: int = 0) -> dict:
     """95 % percentile intervals of recalls and rsum: {"i2t": {"r1": [low, high], …}, …, "rsum"}.
 
-    folds: as in `resampled`. Time and memory: n_samples × n_images.
+    folds: as in `resampled`. Time: n_samples × n_images.
     """
     samples = resampled(folds, n_samples, seed)
     result: dict = {"samples": n_samples, "i2t": {}, "t2i": {}}
@@ -173,10 +173,10 @@ def bootstrap_intervals(folds: list[np.ndarray], n_samples: int = 1000, seed: in
 def paired_bootstrap(
     a: list[np.ndarray], b: list[np.ndarray], n_samples: int = 1000, seed: int = 0
 ) -> dict:
-    """How much higher b's rsum is than a's on the same images: {"difference", "interval"}.
+    """How much higher b's rsum is than a's on the same images: {"samples", "difference", "interval"}.
 
-    a, b: as in `resampled`, of two models on the same test set, in the same order; each sample
-    draws the same images for both.
+    a, b: folds as in `resampled`, of two models on the same test set, in the same order. Each
+    sample draws the same images for both.
     """
     samples = (resampled(b, n_samples, seed) - resampled(a, n_samples, seed)).sum(axis=1)
     rsum_a, rsum_b = (rsum_of(folds) for folds in (a, b))
@@ -184,5 +184,5 @@ def paired_bootstrap(
 
 
 def rsum_of(folds: list[np.ndarray]) -> float:
-    """The rsum of image_hits, the mean over folds."""
+    """The rsum from the image_hits of each fold: the mean over folds."""
     return float(np.mean([recalls_of(hits.sum(axis=0), len(hits)).sum() for hits in folds]))

@@ -33,7 +33,7 @@ from attention import (
     segment_sum,
     word_mean,
 )
-from distributed import all_gather_rows, all_reduce_sum
+from distributed import all_gather_with_grad, all_reduce_sum
 from graph_layers import FusedWeights, RegionGraph
 
 # -- encoders -------------------------------------------------------------------------------------
@@ -60,8 +60,8 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """Word ids to word embeddings: embedding, word self-attention, (Bi-)GRU.
 
-    The self-attention layers mirror the region graph level by level: words, pairs of words, and
-    higher. padding: "masked" (a caption's embedding depends on that caption alone) or "official"
+    The self-attention layers mirror the region graph level by level: words, pairs of words, higher
+    levels. padding: "masked" (a caption's embedding depends on that caption alone) or "official"
     (pads attend and are attended to, see WordSelfAttention).
     """
 
@@ -129,14 +129,14 @@ class EncodedCaptions(NamedTuple):
 
 
 class Similarity(nn.Module):
-    """What every similarity has: a vector an image, a vector a caption, and scores of all pairs."""
+    """The base class: one vector per image, one vector per caption, and the scores of all pairs."""
 
     def image_global(self, region_emb: Tensor) -> Tensor:
-        """One vector an image: (B, R, D) -> (B, D); the mean region, unless it is learned."""
+        """One vector per image: (B, R, D) -> (B, D); the mean region, unless it is learned."""
         return l2norm(region_emb.mean(1))
 
     def caption_global(self, word_emb: Tensor, lengths: Tensor) -> Tensor:
-        """One vector a caption: (W, D), (C,) -> (C, D); the mean word, unless it is learned."""
+        """One vector per caption: (W, D), (C,) -> (C, D); the mean word, unless it is learned."""
         return l2norm(word_mean(word_emb, lengths))
 
     def forward(
@@ -148,12 +148,12 @@ class Similarity(nn.Module):
     ) -> Tensor:
         """region_emb (B, R, D), word_emb (W, D), lengths (C,) -> sims (B, C).
 
-        When several processes train, C are the captions of all of them.
+        When several processes train, C counts the captions of all of them.
         """
         images = EncodedImages(region_emb, self.image_global(region_emb))
         captions = EncodedCaptions(word_emb, self.caption_global(word_emb, lengths), lengths)
         if self.training:
-            captions = EncodedCaptions(*map(all_gather_rows, captions))
+            captions = EncodedCaptions(*map(all_gather_with_grad, captions))
         return self.score(images, captions, dtype)
 
     def score(
@@ -161,24 +161,24 @@ class Similarity(nn.Module):
     ) -> Tensor:
         """The scores of B images with C captions: (B, C).
 
-        dtype: of the large matrix products, None for the inputs'.
+        dtype: used for the large matrix products; None keeps the inputs' dtype.
         """
         raise NotImplementedError
 
 
 class CaptionBatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d(1) as the official loop calls it: once per caption, in caption order.
+    """BatchNorm1d(1) as the official code's loop calls it: once per caption, in caption order.
 
     The statistics are those of one caption's gates over all images of the batch (of all processes),
-    n = B·(L+1) numbers; pooling them over captions would train another model. A step moves the
-    running buffers C times, which has a closed form: (1−m)^C old + Σ_i m (1−m)^(C−1−i) statistic_i.
+    n = B·(words + 1) numbers. Pooling them over captions would train a different model. A step updates
+    the running buffers C times, in closed form: (1−m)^C old + Σ_i m (1−m)^(C−1−i) statistic_i.
     """
 
     def __init__(self) -> None:
         super().__init__(1)
 
     def forward(self, gates: Tensor, caption_index: Tensor, n_captions: int) -> Tensor:
-        """gates (B, N), and the caption of each, caption_index (N,) -> (B, N)."""
+        """gates (B, N), caption_index (N,) the caption of each column -> (B, N)."""
         if not self.training:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             return gates * scale + (self.bias - self.running_mean * scale)
@@ -205,30 +205,30 @@ class CaptionBatchNorm(nn.BatchNorm1d):
 
 
 class Aligned(NamedTuple):
-    """Alignments s = x / ‖x‖. They are used as x and 1 / ‖x‖, which saves a pass over x."""
+    """Alignments s = x / ‖x‖, kept as x and 1 / ‖x‖, which saves a pass over x."""
 
-    x: Tensor  # (B, N, S) P (m − q)² + p, of the words (N = W) or of whole captions (N = C)
+    x: Tensor  # (B, N, S) P (m − q)² + p, of words (N = W) or of whole captions (N = C)
     inverse: Tensor  # (B, N) 1 / (‖x‖ + eps)
     logits: Tensor  # (B, N) a · s + a₀, the gate before BatchNorm and sigmoid
 
 
 class Alignments(NamedTuple):
-    """All that the scores of B images with C captions are made of."""
+    """All parts of the scores of B images with C captions."""
 
-    weights: Tensor  # (B, W, R) of the regions a word attends to; their sum has length 1
+    weights: Tensor  # (B, W, R) of each word; the weighted sum of regions has norm 1
     local: Aligned  # N = W
     global_: Aligned | None  # N = C; None in a similarity without global alignments
-    local_gate: Tensor  # (B, W); with global_gate they sum to 1 over a caption
+    local_gate: Tensor  # (B, W); together with global_gate, sums to 1 for each caption
     global_gate: Tensor | None  # (B, C)
 
 
 class SimilarityEncoder(Similarity):
     """Local and global alignments of every image with every caption, gated into one score.
 
-    m_l = l2norm(Σ_r weight_lr v_r)                  regions seen from word l (cross_attention)
+    m_l = l2norm(Σ_r weight_lr v_r)                  what word l attends to (cross_attention)
     s_l = l2norm(P (m_l − q_l)² + p)                 local alignment
     s_0 = l2norm(P' (î − ĉ)² + p')                   global alignment
-    e_l = sigmoid(BN₁(a · s_l + a₀)), l = 0 … L      gates, divided by their sum over the caption
+    e_l = sigmoid(BN₁(a · s_l + a₀)), l = 0, 1, …    gates, divided by their sum over the caption
     score = sigmoid(w · l2norm(Σ_l e_l s_l) + w₀)
     """
 
@@ -280,7 +280,7 @@ class SimilarityEncoder(Similarity):
         captions: EncodedCaptions,
         dtype: torch.dtype | None,
     ) -> Aligned:
-        """î with ĉ. î is the same for all captions: the only region, with weight 1."""
+        """î with ĉ. î is the same for all captions, so it acts as one region with weight 1."""
         one = weights.new_ones(1, len(captions.lengths), 1).expand(len(weights), -1, -1)
         regions = images.image_global.unsqueeze(1)  # (B, 1, D)
         return self.align(one, regions, captions.caption_global, self.global_fc, dtype)
@@ -324,9 +324,9 @@ def attend(
 
 
 class LHSC(nn.Module):
-    """The whole model; the arguments carry the names of train.py's options.
+    """The whole model. Its arguments have the names of train.py's options.
 
-    similarity: the class that scores; baselines.py has those that LHSC is compared with.
+    similarity: the class that computes the scores; baselines.py has the other ones.
     """
 
     def __init__(
@@ -368,10 +368,10 @@ class LHSC(nn.Module):
     ) -> Tensor:
         """images (B, R, img_dim), captions (C, L), lengths (C,) -> sims (B, C).
 
-        dtype: of the large matrix products (torch.bfloat16 in mixed precision), None for the
-        weights'. The encoders run under autocast, the similarity casts what it multiplies;
-        weights, sums and scores keep their dtype.
-        similarity: scores in place of the model's own.
+        dtype: used for the large matrix products (torch.bfloat16 in mixed precision); None keeps
+        the weights' dtype. The encoders run under autocast; the similarity casts the factors of its
+        products. Weights, sums and scores keep their dtype.
+        similarity: used instead of the model's own.
         """
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             region_emb = self.image_encoder(images)
@@ -380,15 +380,15 @@ class LHSC(nn.Module):
         return similarity(region_emb, word_emb, lengths, dtype)
 
 
-# -- losses of sims (B, B), of a batch in which image i belongs to caption i ----------------------
+# -- losses on sims (B, B), where image i belongs to caption i ------------------------------------
 
 
 def triplet_loss(sims: Tensor, margin: float = 0.2, max_violation: bool = True) -> Tensor:
     """Hinge loss (VSE++), summed over the batch.
 
     For each image the negatives are the other captions (its row), for each caption the other images
-    (its column); with `max_violation` only the hardest of each counts. Two captions of one image
-    in a batch are negatives of each other, as in the official code.
+    (its column). With `max_violation` only the hardest of each counts. Captions of the same image
+    in a batch count as negatives too, as in the official code.
     """
     positive = sims.diagonal()
     matched = torch.eye(len(sims), dtype=torch.bool, device=sims.device)

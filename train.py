@@ -4,9 +4,9 @@
     python train.py --data_name coco_precomp --lr_update 20
 
 writes to ./runs/LHSC/checkpoint: model_best.pth.tar (best rsum on dev), the newest
-checkpoint_STEP.pth.tar (all that is needed to continue) and metrics.jsonl (one JSON object a line,
-the run's arguments first); TensorBoard scalars to ./runs/LHSC/log. An earlier run found there is
-moved aside.
+checkpoint_STEP.pth.tar (all that is needed to continue) and metrics.jsonl (one JSON object per
+line, the run's arguments first). TensorBoard scalars go to ./runs/LHSC/log. An earlier run in these
+folders is moved aside.
 
     python train.py --resume                            # continue ./runs/LHSC
     python train.py --resume runs/mine/checkpoint       # or another run, or one checkpoint_STEP
@@ -29,7 +29,7 @@ import distributed
 from baselines import SIMILARITIES, VSESimilarity, build_model
 from checkpoint import MAX_LAYERS, MODEL_OPTIONS
 from data import Batch, PrecompDataset, find_files, size_augmentation, train_loader
-from distributed import all_gather_rows, is_main_process, print_on_main
+from distributed import all_gather_with_grad, is_main_process, print_on_main
 from evaluation import PRECISIONS, evaluate
 from model import LHSC, Similarity, contrastive_loss, triplet_loss
 from run import (
@@ -55,7 +55,7 @@ from utils import (
 )
 from vocab import Vocabulary, build_from_data, read_word_vectors, vocab_file
 
-# What --recipe sets; results/README.md has what each is worth.
+# The options that --recipe sets; results/README.md shows what they gain.
 RECIPES = {
     "official": {},
     "modern": {
@@ -67,31 +67,31 @@ RECIPES = {
 
 
 def options() -> argparse.ArgumentParser:
-    """The official flags under their names; the defaults are the paper's F30K run."""
+    """The official flags keep their names; the defaults are those of the paper's F30K run."""
     switch, form = argparse.BooleanOptionalAction, argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
         description="Train LHSC.", allow_abbrev=False, formatter_class=form
     )
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="./data", help="folder of the data sets")
-    add("--data_name", default="f30k_precomp", help="its folder in data_path")
+    add("--data_name", default="f30k_precomp", help="the data set's folder in data_path")
     add("--vocab_path", default="./vocab", help="folder of the vocabularies")
     add("--workers", default=min(4, os.cpu_count() or 1), type=at_least(0), help="loader processes")
-    add("--val_captions", default=0, type=at_least(0), help="on dev, 0 = all (official: 5000)")
+    add("--val_captions", default=0, type=at_least(0), help="of dev; 0 = all (official: 5000)")
 
     add = parser.add_argument_group("model").add_argument
-    add("--img_dim", default=None, type=at_least(1), help="width of a region; None = the file's")
-    add("--num_regions", default=None, type=at_least(1), help="of an image; None = the file's")
-    add("--word_dim", default=300, type=at_least(1), help="word embedding")
+    add("--img_dim", default=None, type=at_least(1), help="region feature size; None = the file's")
+    add("--num_regions", default=None, type=at_least(1), help="per image; None = the file's")
+    add("--word_dim", default=300, type=at_least(1), help="word embedding size")
     add("--word_vectors", default="", metavar="FILE",
-        help="its first values: a text file of GloVe's format")
+        help="initial word embeddings: a text file in GloVe's format")
     add("--embed_size", default=1024, type=at_least(1), help="joint size D")
     add("--sim_dim", default=256, type=at_least(1), help="similarity size S")
     add("--num_layers", default=1, type=at_least(1, MAX_LAYERS), help="GRU layers")
     add("--graph_layers", default=4, type=at_least(0, MAX_LAYERS), help="region graph layers")
     add("--text_layers", default=4, type=at_least(0, MAX_LAYERS), help="word self-attention layers")
-    add("--similarity", default="lhsc", choices=[*SIMILARITIES], help="the others: baselines.py")
-    add("--bi_gru", default=True, action=switch, help="GRU in both directions")
+    add("--similarity", default="lhsc", choices=[*SIMILARITIES], help="baselines.py has the others")
+    add("--bi_gru", default=True, action=switch, help="bidirectional GRU")
     add("--no_imgnorm", default=False, action=switch, help="regions are not l2-normalised")
     add("--no_txtnorm", default=False, action=switch, help="words are not l2-normalised")
     add("--drop_out", default=0.0, type=number(0, 1), help="dropout in word self-attention")
@@ -101,27 +101,27 @@ def options() -> argparse.ArgumentParser:
         help="official: <pad> words take part in self-attention, as in the authors' code")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", default=128, type=at_least(2), help="captions (and images) a step")
+    add("--batch_size", default=128, type=at_least(2), help="captions (and images) per step")
     add("--num_epochs", default=50, type=at_least(1), help="passes over the captions")
-    add("--patience", default=0, type=at_least(0), help="stop after so many epochs without a rise")
+    add("--patience", default=0, type=at_least(0), help="epochs without a dev gain before stopping")
     add("--learning_rate", default=2e-4, type=number(1e-12, 1e3), help="of Adam")
-    add("--lr_update", default=30, type=at_least(0), help="epochs between those of ×0.1, 0 = none")
-    add("--lr_warmup", default=0, type=at_least(0), help="first steps, over which it rises from 0")
-    add("--ema", default=0.0, type=number(0, 1), help="decay of averaged weights, e.g. 0.999")
+    add("--lr_update", default=30, type=at_least(0), help="epochs between lr decays ×0.1; 0 = off")
+    add("--lr_warmup", default=0, type=at_least(0), help="steps of linear lr warm-up from 0")
+    add("--ema", default=0.0, type=number(0, 1), help="decay of the averaged weights, e.g. 0.999")
     add("--precision", default="fp32", choices=[*PRECISIONS], help="of the large matrix products")
     add("--grad_clip", default=2.0, type=number(0), help="gradient norm; 0 = no clipping")
     add("--loss", default="triplet", choices=["triplet", "contrastive"], help="model.py has both")
     add("--encoder_epochs", default=0, type=at_least(0),
-        help="first epochs train the encoders alone, by VSE++'s cosine; the others all else alone")
+        help="first epochs train only the encoders, with VSE++'s cosine; later ones only the rest")
     add("--size_augmentation", default=0.0, type=number(0, 1),
-        help="share of regions and of words that a step leaves out, at random")
-    add("--feature_dropout", default=0.0, type=number(0, 1), help="of the images' numbers")
+        help="fraction of regions and words that each step drops at random")
+    add("--feature_dropout", default=0.0, type=number(0, 1), help="dropout of region features")
     add("--margin", default=0.2, type=number(0), help="of the triplet loss")
     add("--max_violation", default=True, action=switch, help="only the hardest negative counts")
     add("--warmup_epochs", default=0, type=at_least(0),
-        help="first epochs in which all negatives count, against collapse (official: 0)")
+        help="first epochs, in which all negatives count, to prevent collapse (official: 0)")
     add("--recipe", default="official", choices=[*RECIPES],
-        help="modern: other defaults for the options above; those given win")
+        help="modern: other defaults for the options above; options that are given win")
 
     add = parser.add_argument_group("run").add_argument
     add("--model_name", default="./runs/LHSC/checkpoint", help="folder for checkpoints, metrics")
@@ -129,15 +129,15 @@ def options() -> argparse.ArgumentParser:
     add("--log_step", default=10, type=at_least(1), help="steps between log lines")
     add("--val_step", default=1000, type=at_least(1), help="steps between validations")
     add("--save_step", default=500, type=at_least(1), help="steps between checkpoints")
-    add("--keep", default=2, type=at_least(1), help="how many of them are kept")
+    add("--keep", default=2, type=at_least(1), help="number of checkpoints kept")
     add("--resume", default=None, nargs="?", const="", metavar="PATH",
         help="continue the run in --model_name, or the one at PATH (folder or checkpoint)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--matmul", default="auto", choices=["auto", "default", "onednn"],
-        help="library of float32 products on the CPU; auto: oneDNN where it is exact and faster")
+        help="library for float32 matmul on the CPU; auto: oneDNN where it is exact and faster")
     add("--seed", default=0, type=at_least(0, 2**32), help="of weights, dropout and batches")
     add("--deterministic", default=False, action=switch,
-        help="bitwise repeatable on CUDA too, where that is slower; a CPU always is")
+        help="bitwise reproducible on CUDA too, but slower; on a CPU it always is")
     return parser  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def given_options(arguments: list[str] | None = None) -> dict:
-    """The options that stand on the command line."""
+    """The options that are given on the command line."""
     absent = argparse.Namespace(**dict.fromkeys(vars(options().parse_args([]))))  # all None
     given = vars(options().parse_args(arguments, absent))
     return {name: value for name, value in given.items() if value is not None}
@@ -171,16 +171,16 @@ def train_step(
 ) -> float:
     """One optimizer step; returns the loss, summed over the batch.
 
-    dtype: of the large matrix products, None for the weights'.
+    dtype: used for the large matrix products; None keeps the weights' dtype.
     contrastive: contrastive_loss instead of triplet_loss.
-    similarity: scores in place of the model's own.
+    similarity: used instead of the model's own.
 
-    Raises InputError if loss or gradient is not finite, before the weights are touched.
+    Raises InputError if the loss or the gradient is not finite, before the weights change.
     """
     sims = model(batch.images, batch.captions, batch.lengths, dtype, similarity)
-    sims = all_gather_rows(sims, replicated=True)
+    sims = all_gather_with_grad(sims, replicated=True)
     if contrastive:
-        loss = contrastive_loss(sims, all_gather_rows(batch.image_index, replicated=True))
+        loss = contrastive_loss(sims, all_gather_with_grad(batch.image_index, replicated=True))
     else:
         loss = triplet_loss(sims, margin, max_violation)
     optimizer.zero_grad()
@@ -199,7 +199,7 @@ def train_step(
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, opt: argparse.Namespace, epoch: int, step: int
 ) -> float:
-    """×0.1 every lr_update epochs; in the first lr_warmup steps it rises in a straight line."""
+    """×0.1 every lr_update epochs; over the first lr_warmup steps it rises linearly."""
     lr = opt.learning_rate * 0.1 ** (epoch // opt.lr_update if opt.lr_update else 0)
     lr *= min(1, (step + 1) / (opt.lr_warmup + 1))
     for group in optimizer.param_groups:
@@ -208,14 +208,14 @@ def set_learning_rate(
 
 
 def augment(batch: Batch, size: float, dropout: float) -> Batch:
-    """size_augmentation, and dropout of the numbers of region features."""
+    """size_augmentation, then dropout of the region features."""
     if size:
         batch = size_augmentation(batch, size)
     return batch._replace(images=F.dropout(batch.images, dropout)) if dropout else batch
 
 
 def freeze(model: LHSC, encoders_only: bool) -> None:
-    """Train the encoders alone, or all else alone."""
+    """Train only the encoders, or only the rest."""
     model.requires_grad_(encoders_only)
     model.similarity.requires_grad_(not encoders_only)
 
@@ -224,8 +224,8 @@ def freeze(model: LHSC, encoders_only: bool) -> None:
 def update_ema(ema_model: LHSC, model: LHSC, decay: float, step: int) -> None:
     """ema_model ← decay · ema_model + (1 − decay) · model, buffers too.
 
-    step: from 1 since these weights are trained; the decay is at most (1 + step) / (10 + step), so
-    that the random initial weights are soon forgotten.
+    step: steps that these weights have been trained for, from 1. The decay is at most
+    (1 + step) / (10 + step), so that the random initial weights are soon forgotten.
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
     states = ema_model.state_dict().values(), model.state_dict().values()
@@ -241,7 +241,7 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
 
     Raises:
         InputError: for anything wrong with the files or the options, before anything is written.
-        SystemExit: 130 after SIGINT, 143 after SIGTERM, when the step is done and saved.
+        SystemExit: 130 after SIGINT, 143 after SIGTERM, after the step is done and saved.
     """
     trainset, devset, vocab = load_data(opt)
     model, ema_model, optimizer = build(opt, device, None if saved else vocab)
@@ -311,7 +311,7 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
 def load_data(opt: argparse.Namespace) -> tuple[PrecompDataset, PrecompDataset, Vocabulary]:
     """Train and dev split, and the vocabulary, which is built and saved if there is none.
 
-    The sizes that are read from the files are filled in: img_dim, num_regions, vocab_size.
+    Sets in `opt` the sizes that the files have: img_dim, num_regions, vocab_size.
     """
     for split in ("train", "dev"):
         find_files(opt.data_path, opt.data_name, split)
@@ -342,9 +342,9 @@ def load_data(opt: argparse.Namespace) -> tuple[PrecompDataset, PrecompDataset, 
 def build(
     opt: argparse.Namespace, device: torch.device, vocab: Vocabulary | None = None
 ) -> tuple[LHSC, LHSC | None, torch.optim.Optimizer]:
-    """The model from its seed, the copy that averages its weights (with --ema), the optimizer.
+    """The model, initialised with --seed, its averaged copy (with --ema), and the optimizer.
 
-    vocab: for --word_vectors; None where weights will be restored.
+    vocab: for --word_vectors; None if weights will be restored.
     """
     if opt.encoder_epochs >= opt.num_epochs:
         raise InputError(f"--encoder_epochs {opt.encoder_epochs}: leaves none of --num_epochs")

@@ -1,10 +1,10 @@
-"""Words and their numbers: the tokenizer and SCAN's vocabulary JSON.
+"""Words and their ids: the tokenizer and SCAN's vocabulary JSON.
 
     python vocab.py --data_path data --data_name f30k_precomp
 
-writes vocab/f30k_precomp_vocab.json from the train and dev captions, words seen at least 4 times.
-A checkpoint of the official code needs the vocabulary file it was trained with: the numbers in it
-came out of a Python 2 dict, in an order that cannot be computed again.
+writes vocab/f30k_precomp_vocab.json: the words seen at least 4 times in the train and dev captions.
+A checkpoint of the official code needs the vocabulary file it was trained with: the ids in it
+follow the order of a Python 2 dict, which cannot be computed again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def tokenize(caption: str) -> list[str]:
 
 
 class Vocabulary:
-    """Words and their numbers; unknown words are `<unk>`.
+    """Words and their ids; unknown words are `<unk>`.
 
     The JSON is SCAN's: {"word2idx": {word: i}, "idx2word": {"i": word}, "idx": n}.
     """
@@ -69,9 +69,9 @@ class Vocabulary:
         return self.word2idx.get(word, self.word2idx["<unk>"])
 
     def encode(self, caption: str) -> list[int]:
-        """`<start> words <end>` as numbers.
+        """`<start> words <end>` as ids.
 
-        Raises InputError for over MAX_WORDS words: self-attention needs their square of memory.
+        Raises InputError for more than MAX_WORDS words: self-attention takes quadratic memory.
         """
         words = tokenize(caption)
         if len(words) > MAX_WORDS:
@@ -79,7 +79,7 @@ class Vocabulary:
         return [self("<start>"), *map(self, words), self("<end>")]
 
     def fingerprint(self) -> str:
-        """Changes when a word or its number does: a checkpoint fits one vocabulary only."""
+        """Changes when a word or its id changes: a checkpoint fits only one vocabulary."""
         text = "\n".join(self.idx2word.values())
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -91,11 +91,11 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read SCAN's JSON. Raises InputError if it is missing, or of another kind."""
+        """Read SCAN's JSON. Raises InputError if it is missing or invalid."""
         try:
             word2idx = json.loads(Path(path).read_text(encoding="utf-8"))["word2idx"]
             vocab = cls(sorted(word2idx, key=lambda word: word2idx[word]))
-            vocab.fingerprint()  # JSON can hold half a character, which is no text
+            vocab.fingerprint()  # JSON can hold half a character, which is not valid text
         except FileNotFoundError:
             raise InputError(
                 f"{path}: no vocabulary here; name its folder with --vocab_path, or make one: "
@@ -127,9 +127,9 @@ def vocab_file(vocab_path: str | Path, data_name: str) -> Path:
 
 
 def read_captions(path: str | Path) -> list[str]:
-    """The captions of a `{split}_caps.txt`, one a line, LF or CRLF.
+    """The captions of a `{split}_caps.txt`, one per line, LF or CRLF.
 
-    Raises InputError with the line that is not UTF-8, empty, or holds NUL.
+    Raises InputError naming a line that is not UTF-8, is empty, or holds NUL.
     """
     captions = []
     for number, line in enumerate(Path(path).read_bytes().removesuffix(b"\n").split(b"\n"), 1):
@@ -151,9 +151,9 @@ def build_from_data(data_path: str | Path, data_name: str, threshold: int = 4) -
 def read_word_vectors(
     path: str | Path, vocab: Vocabulary, word_dim: int
 ) -> tuple[list[int], np.ndarray]:
-    """Pretrained vectors of a vocabulary's words: their numbers, and the vectors (n, word_dim).
+    """Pretrained vectors of a vocabulary's words: the word ids, and the vectors (n, word_dim).
 
-    path: GloVe's text format, a line a word: the word and its vector, separated by spaces.
+    path: GloVe's text format, one word per line: the word and its vector, separated by spaces.
 
     Raises InputError if it has none of the words, or vectors of another size.
     """
@@ -180,10 +180,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data_path", default="./data", help="folder of the data sets")
-    add("--data_name", default="f30k_precomp", help="its folder in data_path")
+    add("--data_name", default="f30k_precomp", help="the data set's folder in data_path")
     add("--vocab_path", default="./vocab", help="folder to write into")
-    add("--threshold", default=4, type=at_least(1), help="least count of a word")
-    add("--overwrite", action="store_true", help="replace a vocabulary that is there")
+    add("--threshold", default=4, type=at_least(1), help="minimum count of a word")
+    add("--overwrite", action="store_true", help="replace an existing vocabulary")
     opt = parser.parse_args()
     path = vocab_file(opt.vocab_path, opt.data_name)
     if path.exists() and not opt.overwrite:

@@ -1,13 +1,13 @@
-"""Train, evaluate and log the variants in results/README.md: all on equal terms, with three seeds.
+"""Train, evaluate and log the variants in results/README.md: equal conditions, three seeds.
 
     python scripts/ablations.py flickr8k --data_path data             # all of them, one by one
     python scripts/ablations.py scenes --only lhsc saf --seeds 0 --jobs 2
     python scripts/ablations.py flickr8k --list                       # print the commands
 
-A run calls train.py, and on the checkpoint that was best on dev evaluation.py, on the drawn scenes
-diagnose.py too. Its checkpoints are in --runs, its logs are copied to results/SET/VARIANT-sSEED.
-The set `recipe` leaves out one part of --recipe modern at a time, and is compared on dev only.
-Runs whose logs are there are left out, and a training that was stopped goes on (--resume).
+A run calls train.py, then evaluation.py on the checkpoint with the best dev rsum; on the drawn
+scenes also diagnose.py. Checkpoints go to --runs, logs are copied to results/SET/VARIANT-sSEED.
+The set `recipe` leaves out one part of --recipe modern at a time, and is compared only on dev.
+Runs whose logs exist are skipped, and an interrupted training is continued (--resume).
 scripts/results.py makes the tables and figures.
 """
 
@@ -29,7 +29,7 @@ from utils import InputError, at_least, one_line
 
 
 class Set(NamedTuple):
-    """Runs on one data set: equal but for what a variant changes."""
+    """Runs on one data set that differ only in what a variant changes."""
 
     common: str  # options of all its trainings
     variants: dict[str, tuple[str, str]]  # a title and the options that it changes
@@ -38,7 +38,7 @@ class Set(NamedTuple):
 
 TEST = "evaluation.py --bootstrap 1000 --save_metrics"
 QB_TEST = "evaluation.py --qb_norm 20 --bootstrap 1000 --save_metrics"
-RECIPE_EPOCHS = 15  # of each run of the set `recipe`: as many as the encoders are trained
+RECIPE_EPOCHS = 15  # of each run of the set `recipe`: the encoder_epochs of --recipe modern
 NO_LAYERS = "--graph_layers 0 --text_layers 0"
 MODERN = "--recipe modern --word_dim 100 --word_vectors data/word_vectors.txt"
 WARM = "--learning_rate 5e-4 --warmup_epochs 2"
@@ -70,7 +70,7 @@ SETS = {
             "dropout": ("without feature dropout", "--feature_dropout 0"),
             "ema": ("without averaged weights", "--ema 0"),
             "vectors": ("without word vectors", "--word_vectors="),
-            "warmup": ("without the rising rate", "--lr_warmup 0"),
+            "warmup": ("without learning-rate warm-up", "--lr_warmup 0"),
         },
         {},
     ),
@@ -91,7 +91,7 @@ SETS = {
         {"test.json": TEST, "diagnosis.json": "scripts/diagnose.py --json"},
     ),
 }
-QUIET = "--workers 0 --log_step 100 --val_step 1000000 --save_step 1000000"  # once an epoch
+QUIET = "--workers 0 --log_step 100 --val_step 1000000 --save_step 1000000"  # once per epoch
 
 
 class Run(NamedTuple):
@@ -148,9 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("set", choices=[*SETS])
-    add("--only", nargs="+", metavar="VARIANT", help="some variants of the set")
+    add("--only", nargs="+", metavar="VARIANT", help="only these variants of the set")
     add("--seeds", nargs="+", default=[0, 1, 2], type=at_least(0))
-    add("--jobs", default=1, type=at_least(1), help="runs at once, with one thread each")
+    add("--jobs", default=1, type=at_least(1), help="runs in parallel, with one thread each")
     add("--list", action="store_true", help="only print the commands")
     add("--data_path", default=Path("data"), type=Path)
     add("--vocab_path", default=Path("vocab"), type=Path)

@@ -1,4 +1,4 @@
-"""How fast this code is here, beside the official loop and beside bare matrix products.
+"""Speed of this code on this machine, compared with the official loop and bare matrix products.
 
     python scripts/benchmark.py                         # scoring training encoding processes
     python scripts/benchmark.py scoring --quick         # smaller, under a minute
@@ -6,19 +6,19 @@
     python scripts/benchmark.py --device cuda --json results/speed/gpu.json
 
 scoring     100 images × 500 captions from their embeddings (on a GPU 1,000 × 1,000)
-training    a step at batch 128: of the paper's size (D 1024), and of one for CPUs (D 256)
+training    a step at batch 128: with the paper's sizes (D 1024), and with small ones (D 256)
 encoding    200 images and their 1,000 captions
-search      recall of --checkpoints with few candidates; runs only if named
-processes   a training step by one process and by several, one thread or one GPU each
+search      recall of --checkpoints if only candidates are scored; runs only if named
+processes   a training step with one process and with several, one thread or GPU each
 
-The model is random. The captions are as long as Flickr30K's. What is compared takes turns, and
-figures are medians over the turns, so that a changing clock rate favours nobody.
+The model has random weights. The captions are as long as Flickr30K's. What is compared runs in
+turns, and figures are medians over the turns, so that a changing clock rate favours neither side.
 
 The official loop is tests/reference.py: one caption at a time, as in the authors' code. It runs
-with the default switches, as its users run it, and this code as train.py and evaluation.py run it.
-If this code chooses another library for its matrix products, the loop is measured with that library
-as well. The limit of the scoring is the time of its matrix products alone, at the rate of the
-fastest product of the same precision here.
+with PyTorch's default settings, as its users run it; this code runs as in train.py and
+evaluation.py. If this code chooses another library for its matrix products, the loop is also
+measured with that library. The limit of the scoring is the time that its matrix products alone
+would take at the rate of the fastest product of the same precision on this machine.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ from vocab import SPECIAL_TOKENS, Vocabulary
 
 WORD_DIM, VOCAB_SIZE = 300, 8481
 LONGEST = 81  # words of Flickr30K's longest caption, with <start> and <end>
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, for matrix products
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a CPU, for matrix products
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16}  # of this code's large products
 CANDIDATES = (10, 20, 50, 100, 200)
-GLOBAL_BATCH = {False: 64, True: 16}  # of several processes; True: --quick
+GLOBAL_BATCH = {False: 64, True: 16}  # of `processes`; True: --quick
 Size = namedtuple("Size", "R img_dim D S")
 SIZES = {"paper": Size(36, 2048, 1024, 256), "small": Size(36, 256, 256, 64)}
 
@@ -128,7 +128,7 @@ def clock(work: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> float | None:
-    """MB that `work` takes at most beyond what is held before it; None without Linux's /proc."""
+    """Peak MB of `work`, beyond what is in use before it; None without Linux's /proc."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -139,8 +139,8 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> float | Non
         work()
         return None
 
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or it would be used unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory; its reuse would not be counted
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident()
     work()
     return resident("VmHWM") - before
@@ -152,11 +152,11 @@ Works = dict[str, Callable[[], object]]  # what is compared, by name
 def compare(
     what: str, works: Works, n: int, device: torch.device, limits: Works | None = None
 ) -> list[dict]:
-    """A row for each work, measured n times: seconds, how much faster than the loops, memory.
+    """A row for each work, measured n times: seconds, speed-up over the official loops, memory.
 
-    limits: seconds that no work of a precision can go below, measured in the same turns.
+    limits: the least seconds possible at each precision, measured in the same turns.
 
-    Raises InputError if a work is faster than its limit, which then was not measured well.
+    Raises InputError if a work is faster than its limit, because the limit is then unreliable.
     """
     limits = limits or {}
     peak = {name: peak_memory(work, device) for name, work in works.items()}  # and warm up
@@ -185,7 +185,7 @@ def compare(
 
 
 def use(product: str) -> None:
-    """Who multiplies fp32 matrices: "default" of torch, "onednn" (CPU) or "tf32" (GPU)."""
+    """Choose how fp32 matrices are multiplied: torch's "default", "onednn" (CPU), "tf32" (GPU)."""
     if hasattr(torch.backends.mkldnn, "matmul"):  # torch 2.9
         torch.backends.mkldnn.matmul.fp32_precision = "bf16" if product == "onednn" else "none"
         torch.backends.cuda.matmul.fp32_precision = "tf32" if product == "tf32" else "ieee"
@@ -213,7 +213,7 @@ def ways(
 
 
 def rate(product: str, device: torch.device, n: int, S: int) -> float:
-    """Operations per second of the faster of two products: (n, n) · (n, n), and D → S."""
+    """Operations per second of the faster product: (n, n) · (n, n) or (4 n, n/2) · (n/2, S)."""
     use(product)
     dtype = torch.bfloat16 if product == "bf16" else torch.float32
     rates = []
@@ -262,10 +262,10 @@ def scoring(opt: argparse.Namespace, machine: dict, device: torch.device) -> lis
 
     @torch.inference_mode()
     def loop() -> Tensor:
-        shards = images.region_emb.split(100)  # the official code's
+        shards = images.region_emb.split(100)  # the official code's size
         return torch.cat([score_loop(official.sim_enc, x, words, lengths) for x in shards]).cpu()
 
-    # For a word and an image attention takes 4 R D operations, the projection 2 D S.
+    # Per word and image, attention takes 4 R D operations and the projection 2 D S.
     per_word, per_caption = 4 * size.R * size.D + 2 * size.D * size.S, 2 * size.D * size.S
     operations = n_images * (len(captions.word_emb) * per_word + n_captions * per_caption)
 
@@ -286,9 +286,9 @@ def scoring(opt: argparse.Namespace, machine: dict, device: torch.device) -> lis
 
 
 def train_step(model: torch.nn.Module, adam: torch.optim.Adam, batch: Batch, *dtype) -> None:
-    """As in train.py, and in the authors' code but for Adam, which is fused here."""
+    """One step, as in train.py and in the authors' code; only train.py's Adam is fused."""
     sims = model(batch.images, batch.captions, batch.lengths, *dtype)
-    loss = triplet_loss(distributed.all_gather_rows(sims, replicated=True))
+    loss = triplet_loss(distributed.all_gather_with_grad(sims, replicated=True))
     adam.zero_grad()
     loss.backward()
     distributed.sum_gradients(model.parameters())
@@ -334,7 +334,7 @@ def encoding(opt: argparse.Namespace, machine: dict, device: torch.device) -> li
 
 
 def processes(opt: argparse.Namespace, machine: dict, device: torch.device) -> list[dict]:
-    """Training steps on one global batch by 1, 2, … processes of this script, under torchrun."""
+    """Training steps on one global batch with 1, 2, … processes, started by torchrun."""
     most = min(2, os.cpu_count() or 1) if device.type == "cpu" else torch.cuda.device_count()
     rows, what = [], f"training step, global batch of {GLOBAL_BATCH[opt.quick]}"
     for n in (n for n in (1, 2, 4, 8) if n <= most):
@@ -399,7 +399,7 @@ def candidate_recalls(checkpoint: Path) -> dict:
 
 
 def markdown(result: dict) -> str:
-    """The tables of one machine; rows with the same columns stand in one table."""
+    """The tables of one machine; rows with the same columns share a table."""
     machine = result["machine"]
     about = [machine["device"], f"torch {machine['torch']}"]
     if "flags" in machine:
@@ -434,7 +434,7 @@ def main() -> None:
     add = parser.add_argument
     default = [name for name in PARTS if name != "search"]
     add("parts", nargs="*", metavar="PART", default=default, help=f"of {', '.join(PARTS)}")
-    add("--quick", action="store_true", help="smaller and fewer")
+    add("--quick", action="store_true", help="smaller sizes, fewer repeats")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--json", type=Path, metavar="FILE", help="add the figures to those in this file")
     add("--checkpoints", nargs="+", default=[], type=Path, help="search: trained models")

@@ -2,8 +2,8 @@
 
     python scripts/cca.py --data_name f8k_precomp --json results/flickr8k/cca.json
 
-It sees neither the order of the words nor single regions (Hotelling, 1936; for images and
-sentences Gong et al., 2014). A trained model should be above it.
+It uses neither word order nor individual regions (Hotelling, 1936; for images and sentences
+Gong et al., 2014). A trained model should score higher.
 
 Shape letters: B images, C captions, V words of the vocabulary, k = min(img_dim, V).
 """
@@ -32,12 +32,12 @@ BLOCK = 1000  # images or captions at a time
 
 
 def mean_regions(dataset: PrecompDataset) -> Tensor:
-    """(B, img_dim) float64."""
+    """The mean region of each image: (B, img_dim) float64."""
     return torch.cat([block.mean(1).double() for block in dataset.image_blocks(BLOCK)])
 
 
 def tf_idf(captions: Captions, idf: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Block by block the captions' numbers (C,), and log(1 + count) · idf of length 1 (C, V)."""
+    """In blocks: the captions' indices (C,), and log(1 + count) · idf, scaled to norm 1 (C, V)."""
     for block in torch.arange(len(captions)).split(BLOCK):
         counts = [captions.words(int(k)).bincount(minlength=len(idf)) for k in block]
         values = torch.stack(counts).double().log1p() * idf  # (C, V)
@@ -45,7 +45,7 @@ def tf_idf(captions: Captions, idf: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class CCA:
-    """Means and covariances of the train pairs of an image x and a caption y."""
+    """Means and covariances of the training pairs: an image x and a caption y."""
 
     def __init__(self, dataset: PrecompDataset, n_words: int) -> None:
         n, x = len(dataset), mean_regions(dataset)
@@ -60,13 +60,13 @@ class CCA:
         self.yy = self.yy - self.y_mean.outer(self.y_mean)
 
     def maps(self, shrink: float) -> tuple[Tensor, Tensor]:
-        """Maps of x (img_dim, k) and of y (V, k) to where their correlations σ are largest.
+        """Linear maps of x (img_dim, k) and of y (V, k) that maximise their correlations σ.
 
         C_xx^−½ U σ² and C_yy^−½ V σ², with U σ Vᵀ = C_xx^−½ C_xy C_yy^−½; Gong et al. weight
         dimensions by σ².
 
-        shrink: added to the diagonal of C_xx, as a share of its mean; ten times that to C_yy,
-            because there are many words and most are rare.
+        shrink: added to the diagonal of C_xx, as a fraction of its mean; ten times as much is
+            added to C_yy, because there are many words and most are rare.
         """
         x_root, y_root = inverse_root(self.xx, shrink), inverse_root(self.yy, 10 * shrink)
         left, correlations, right = torch.linalg.svd(x_root @ self.xy @ y_root, False)
@@ -75,7 +75,7 @@ class CCA:
     def encode(
         self, dataset: PrecompDataset, x_map: Tensor, y_map: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The mapped images (B, k) and captions (C, k), of length 1."""
+        """The mapped images (B, k) and captions (C, k), with norm 1."""
         images = (mean_regions(dataset) - self.x_mean) @ x_map  # (B, k)
         words = (y - self.y_mean for _, y in tf_idf(dataset, self.idf))
         captions = torch.cat([y @ y_map for y in words])  # (C, k)
@@ -94,9 +94,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data_path", default="./data", help="folder of the data sets")
-    add("--data_name", default="f30k_precomp", help="its folder in data_path")
+    add("--data_name", default="f30k_precomp", help="the data set's folder in data_path")
     add("--vocab_path", default="./vocab", help="folder of the vocabularies")
-    add("--qb_norm", default=0.0, type=number(0), metavar="BETA", help="as of evaluation.py")
+    add("--qb_norm", default=0.0, type=number(0), metavar="BETA", help="as in evaluation.py")
     add("--json", type=Path, help="write the metrics")
     opt = parser.parse_args()
     check_targets(opt.json)

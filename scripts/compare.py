@@ -1,4 +1,4 @@
-"""Is one run better than another? Their scores on the same test set, resampled together.
+"""Is one run better than another? A paired bootstrap of their scores on the same test set.
 
     python scripts/compare.py A_sims.npy B_sims.npy            # of evaluation.py --save_sims
     python scripts/compare.py A_sims.npy B_sims.npy --fold5    # COCO 1K, from scores of testall
@@ -24,7 +24,7 @@ from utils import InputError, one_line
 
 
 def load_sims(path: Path) -> np.ndarray:
-    """Scores (n_images, n_captions) of evaluation.py, finite numbers; InputError for others."""
+    """Finite scores (n_images, n_captions) of evaluation.py. Raises InputError for others."""
     sims = open_array(path)
     if sims.ndim != 2 or not sims.size or sims.shape[1] % sims.shape[0]:
         raise InputError(f"{path}: {sims.shape} are not the scores of images × their captions")

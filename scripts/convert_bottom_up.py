@@ -1,4 +1,4 @@
-"""Bottom-up-attention TSV files to region arrays in SCAN's layout.
+"""Convert bottom-up-attention TSV files to region arrays in SCAN's layout.
 
     python scripts/convert_bottom_up.py trainval_36.zip --data_name coco_precomp --split dev \\
         --ids data/coco_precomp/dev_ids.txt
@@ -6,12 +6,12 @@
 writes DATA_PATH/DATA_NAME/
 
     {split}_ims.npy    (n, 36, 2048) float32, or float16 with --dtype float16
-    {split}_boxes.npy  (n, 36, 4) float32, x1 y1 x2 y2 as shares of the picture, 0 to 1
-    {split}_ids.txt    one image a line
+    {split}_boxes.npy  (n, 36, 4) float32, x1 y1 x2 y2 as fractions of the picture
+    {split}_ids.txt    one image per line
 
-for the images named in --ids, in that order, from any number of files: plain, .gz, or .zip with
-every .tsv in it. Nothing is written if an image is missing or there twice, or if its row is damaged
-or of another size. Memory: one row and the ids. Disk: 295 kB an image in float32.
+for the images named in --ids, in that order, from any number of files: plain, .gz, or .zip (every
+.tsv in it is read). Nothing is written if an image is missing or appears twice, or if its row is
+damaged or has another size. Memory: one row and the ids. Disk: 295 kB per image in float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 
 
 def unpacked(path: Path) -> Iterator[BinaryIO]:
-    """The file, unpacked; of an archive every .tsv."""
+    """The file, unpacked; for a .zip, every .tsv in it."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -51,9 +51,9 @@ def unpacked(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_rows(paths: list[Path]) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-    """All rows of the files: where each stands, the key of its image, and its columns.
+    """All rows of the files: the file and line, the key of the image, and the columns.
 
-    Raises InputError if a file is damaged, or a row has other columns.
+    Raises InputError if a file is damaged, or a row has the wrong number of columns.
     """
     for path in paths:
         where = str(path)
@@ -70,7 +70,7 @@ def read_rows(paths: list[Path]) -> Iterator[tuple[str, str, dict[str, bytes]]]:
 
 
 def decode(text: bytes, shape: tuple[int, int], dtype: str = "float32") -> np.ndarray:
-    """base64 of float32 -> a finite array of this shape. Raises ValueError if it is none."""
+    """base64 of float32 -> a finite array of this shape. Raises ValueError for anything else."""
     text = text.removeprefix(b"b'").removesuffix(b"'")  # as Python 3 may have written it
     values = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
     values = values.reshape(shape).astype(dtype)
@@ -80,10 +80,10 @@ def decode(text: bytes, shape: tuple[int, int], dtype: str = "float32") -> np.nd
 
 
 def relative_boxes(row: dict[str, bytes], num_regions: int) -> np.ndarray:
-    """(R, 4) x1 y1 x2 y2 as shares of the picture. Raises ValueError if they are not."""
+    """(R, 4) x1 y1 x2 y2 as fractions of the picture. Raises ValueError for invalid boxes."""
     width, height = float(row["image_w"]), float(row["image_h"])
     boxes = decode(row["boxes"], (num_regions, 4)) / [width, height, width, height]
-    inside = (boxes > -0.02) & (boxes < 1.02)  # detectors round: it may reach out a little
+    inside = (boxes > -0.02) & (boxes < 1.02)  # detectors round: a box may extend a little outside
     if not inside.all() or (boxes[:, :2] > boxes[:, 2:]).any():
         raise ValueError(f"boxes are not x1 y1 x2 y2 in a picture of {width:g} × {height:g} pixels")
     return boxes.clip(0, 1).astype(np.float32)
@@ -105,9 +105,9 @@ class RowWriter:
 def convert_rows(
     opt: argparse.Namespace, ids: list[str], ims_file: BinaryIO, boxes_file: BinaryIO
 ) -> None:
-    """Write regions and boxes of `ids`, in that order, as the rows come.
+    """Write the regions and boxes in the order of `ids`, each row as soon as it is read.
 
-    Raises InputError if an image is missing or there twice, or its row is wrong.
+    Raises InputError if an image is missing or appears twice, or its row is invalid.
     """
     shape = (opt.num_regions, opt.img_dim)
     ims = RowWriter(ims_file, (len(ids), *shape), opt.dtype)
@@ -134,13 +134,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("tsv", nargs="+", type=Path, help="TSV files, plain, .gz or .zip")
-    add("--ids", required=True, type=Path, help="file of image ids: the images, in that order")
+    add("--ids", required=True, type=Path, help="file of image ids, which sets the order")
     add("--data_path", default="./data", help="folder of the data sets")
     add("--data_name", required=True, help="the data set's folder in data_path")
-    add("--split", default="test", help="the file names begin with it (test)")
+    add("--split", default="test", help="prefix of the file names (test)")
     add("--num_regions", default=36, type=at_least(1), help="boxes in every row (36)")
-    add("--img_dim", default=2048, type=at_least(1), help="numbers in every feature (2048)")
-    add("--dtype", default="float32", choices=["float32", "float16"], help="of the regions")
+    add("--img_dim", default=2048, type=at_least(1), help="size of every region feature (2048)")
+    add("--dtype", default="float32", choices=["float32", "float16"], help="of the features")
     opt = parser.parse_args()
     ids, folder = read_id_list(opt.ids), Path(opt.data_path) / opt.data_name
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,11 @@
 
     python scripts/diagnose.py --model_path runs/demo/checkpoint/model_best.pth.tar
 
-Every question is a choice of two, so guessing gets 50 %. Equal scores count as wrong.
+Every question has two choices, so guessing gets 50 %. Equal scores count as wrong.
 
-    relation    of a caption: its image, or the twin (the same objects in another relation)?
+    relation    for a caption: its image, or the twin (the same objects in another relation)?
     shape, colour, size, count
-                of an image: its caption, or the same caption with one word made wrong
+                for an image: its caption, or the same caption with one wrong word
                 ({split}_foils.jsonl, written by make_scenes.py)?
 """
 
@@ -32,7 +32,7 @@ IMAGES = 20  # scored at a time with their own captions
 
 
 def read_lines(path: Path) -> list:
-    """A file of one JSON value a line. Raises InputError naming a line that is none."""
+    """The JSON values in a file, one per line. Raises InputError naming an invalid line."""
     values = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -61,7 +61,7 @@ def diagnose(
 ) -> dict[str, dict]:
     """Accuracy in percent and number of questions of each kind that has any.
 
-    Raises InputError if the folder's scenes or foils are missing, or of another data set.
+    Raises InputError if the folder's scenes or foils are missing, or belong to another data set.
     """
     scenes = read_lines(folder / f"{dataset.split}_scenes.jsonl")
     foils = read_lines(folder / f"{dataset.split}_foils.jsonl")
@@ -93,11 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model_path", default=DEFAULT_MODEL, metavar="CKPT")
     parser.add_argument("--data_path", default=None, help="folder of the data sets")
-    parser.add_argument("--data_name", default=None, help="its folder in data_path")
+    parser.add_argument("--data_name", default=None, help="the data set's folder in data_path")
     parser.add_argument("--vocab_path", default=None, help="folder of the vocabularies")
     parser.add_argument("--split", default="test", choices=["dev", "test"])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--json", default=None, type=Path, help="write the figures")
+    parser.add_argument("--json", default=None, type=Path, help="write the results")
     opt = parser.parse_args()
     check_targets(opt.json)
     device = select_device(opt.device)

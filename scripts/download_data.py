@@ -7,9 +7,9 @@
     python scripts/download_data.py --check                        # only look: exit 0 or 1
 
 writes DATA_PATH/DATA_NAME/{split}_caps.txt, {split}_ids.txt (if the source has it), {split}_ims.npy
-and VOCAB_PATH/DATA_NAME_vocab.json. What is there is never overwritten. The default source, Kaggle,
-needs `pip install kagglehub`, and --gdrive `pip install gdown`. Both continue a partial file when
-the command is run again. Files arrive in DATA_PATH/DATA_NAME.part, or in KAGGLEHUB_CACHE.
+and VOCAB_PATH/DATA_NAME_vocab.json. Existing files are never overwritten. The default source,
+Kaggle, needs `pip install kagglehub`, and --gdrive needs `pip install gdown`. Both continue a
+partial file when run again. Downloads go to DATA_PATH/DATA_NAME.part, or to KAGGLEHUB_CACHE.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ IMAGES = {  # how many images a split may have; in some copies COCO's test is al
     "f30k_precomp": {"train": [29_000], "dev": [1014], "test": [1000]},
     "coco_precomp": {"train": [113_287], "dev": [5000], "test": [1000, 5000], "testall": [5000]},
 }
-REGIONS = (36, 2048)  # regions of an image, their width
-CAPTIONS = 5  # captions of an image
+REGIONS = (36, 2048)  # regions per image, feature size
+CAPTIONS = 5  # captions per image
 
 
 def check_split(counts: list[int], caps: Path, ids: Path, ims: Path) -> str:
@@ -66,7 +66,7 @@ def state_of(data_name: str, part: str, paths: list[Path]) -> tuple[str, str]:
 
 
 def match(names: list[str], wanted: list[Path]) -> dict[Path, str]:
-    """{wanted file: its path in a source}: in a folder of the same name or none, a vocab in any."""
+    """{wanted file: its path in a source}, in a folder of the same name or none; a vocab in any."""
     found = {}
     for path in wanted:
         for name in names:
@@ -79,7 +79,7 @@ def match(names: list[str], wanted: list[Path]) -> dict[Path, str]:
 
 @contextmanager
 def errors_of(library: str) -> Iterator[None]:
-    """Tell what a download library raises in one line (kagglehub's errors share no base class)."""
+    """Report any error of a download library in one line (kagglehub's share no base class)."""
     try:
         yield
     except ImportError as error:
@@ -92,7 +92,7 @@ def errors_of(library: str) -> Iterator[None]:
 def from_kaggle(wanted: list[Path]) -> dict[Path, Path]:
     """Fetch the wanted files that Kaggle has."""
     import kagglehub
-    from kagglesdk import KaggleClient  # comes with kagglehub, which has no listing
+    from kagglesdk import KaggleClient  # comes with kagglehub, which cannot list files
     from kagglesdk.datasets.types.dataset_api_service import ApiListDatasetFilesRequest
 
     request, names, more = ApiListDatasetFilesRequest(), [], True
@@ -114,7 +114,7 @@ def from_gdrive(url: str, wanted: list[Path], folder: Path) -> dict[Path, Path]:
     listed = gdown.download_folder(url, skip_download=True, quiet=True, timeout=60)
     ids, fetched = {file.path: file.id for file in listed}, {}
     for path, name in match(list(ids), wanted).items():
-        output = f"{folder / ids[name]}/"  # gdown makes this folder, and the file's name
+        output = f"{folder / ids[name]}/"  # gdown makes this folder and names the file
         file = gdown.download(id=ids[name], output=output, resume=True, retries=5, timeout=60)
         fetched[path] = Path(file)
     return fetched
@@ -138,7 +138,7 @@ def from_archive(archive: Path, wanted: list[Path], folder: Path) -> dict[Path, 
 
 
 def fetch(opt: argparse.Namespace, wanted: list[Path], folder: Path) -> dict[Path, Path]:
-    """Fetch the wanted files that the chosen source has: {wanted file: where it lies now}."""
+    """Fetch the wanted files that the chosen source has: {wanted file: where it is now}."""
     folder.mkdir(parents=True, exist_ok=True)
     if opt.gdrive:
         return from_gdrive(opt.gdrive, wanted, folder)
@@ -150,7 +150,7 @@ def fetch(opt: argparse.Namespace, wanted: list[Path], folder: Path) -> dict[Pat
 
 
 def place(fetched: Path, target: Path) -> None:
-    """Link a file to its place, which copies nothing; on another disk, copy it whole."""
+    """Hard-link a file to its place, which copies nothing; on another disk, copy it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(fetched.resolve(), target)
@@ -200,7 +200,7 @@ def main() -> None:
     add("--data_path", default="./data", type=Path, help="folder of the data sets")
     add("--vocab_path", default="./vocab", type=Path, help="folder of the vocabularies")
     add("--splits", nargs="+", help="train, dev, test, testall; default: all of the data set")
-    add("--check", action="store_true", help="only look; exit 1 if a file is missing or wrong")
+    add("--check", action="store_true", help="only check; exit 1 if a file is missing or wrong")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--gdrive", metavar="URL", help="a shared Google Drive folder")
     source.add_argument("--archive", nargs="+", type=Path, metavar="FILE", help=".zip or .tar")

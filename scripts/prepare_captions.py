@@ -5,15 +5,15 @@
 
 reads a file of Karpathy's caption_datasets.zip and writes
 
-    DATA_PATH/DATA_NAME/{split}_caps.txt   one caption a line, the five of an image consecutive
-    DATA_PATH/DATA_NAME/{split}_ids.txt    one image a line
+    DATA_PATH/DATA_NAME/{split}_caps.txt   one caption per line, the five of an image consecutive
+    DATA_PATH/DATA_NAME/{split}_ids.txt    one image per line
 
 for train (with Karpathy's restval, as in SCAN), dev (his val) and test. COCO's 5,000 test images
-are testall, and the first 1,000 of them are test. An image's first five captions are taken.
-Nothing is written if an image is missing, is there twice or has fewer.
+are testall, and the first 1,000 of them are test. An image's first five captions are used.
+Nothing is written if an image is missing, appears twice or has fewer captions.
 
-The images come in Karpathy's order. If you have features already, take theirs with --split and
---order. COCO's own files know no dev and test, so they always need both:
+The images are in Karpathy's order. If you already have features, use their order with --split and
+--order. COCO's own files have no dev and test splits, so they always need both:
 
     python scripts/prepare_captions.py --coco captions_train2014.json captions_val2014.json \\
         --data_name coco_precomp --split dev --order dev_ids.txt
@@ -53,12 +53,12 @@ def image_key(image_id: str) -> str:
 
 
 def few(names: list[str]) -> str:
-    """'a, b, c, …'."""
+    """The first three names: 'a, b, c, …'."""
     return ", ".join(names[:3]) + ", …" * (len(names) > 3)
 
 
 def unique_keys(ids: Iterable[str], source: str | Path) -> list[str]:
-    """The key of each image. Raises InputError if an image is there twice."""
+    """The key of each image. Raises InputError if an image appears twice."""
     keys = [image_key(image_id) for image_id in ids]
     if doubled := [key for key, count in Counter(keys).items() if count > 1]:
         raise InputError(f"{source}: {len(doubled):,} images are there twice: {few(doubled)}")
@@ -66,7 +66,7 @@ def unique_keys(ids: Iterable[str], source: str | Path) -> list[str]:
 
 
 def read_id_list(path: Path) -> list[str]:
-    """The images of an `_ids.txt`. Raises InputError for none, or one that is in two places."""
+    """The image ids in an `_ids.txt`. Raises InputError for none, or for one in two places."""
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     ids = [image_id for image_id, _ in groupby(lines)]  # older files repeat it for every caption
@@ -76,7 +76,7 @@ def read_id_list(path: Path) -> list[str]:
 
 
 def check_outputs(ids_file: Path, ids: list[str], option: str, *others: Path) -> None:
-    """Raises InputError if `ids_file` has another order than `ids`, or another output exists."""
+    """Raise InputError if `ids_file` exists and differs from `ids`, or if another output exists."""
     for path in others:
         if path.exists():
             raise InputError(f"{path}: exists already; remove it to write it again")
@@ -86,7 +86,7 @@ def check_outputs(ids_file: Path, ids: list[str], option: str, *others: Path) ->
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
-    """UTF-8, each line ended with LF."""
+    """Write the lines as UTF-8, each ending with LF."""
     write_text(path, "".join(f"{line}\n" for line in lines))
     print(f"{path}: {len(lines):,} lines")
 
@@ -120,7 +120,7 @@ def read_coco(path: Path) -> list[Image]:
 
 
 def read_images(opt: argparse.Namespace) -> dict[str, Image]:
-    """The images of all files by their key. Raises InputError for a file of another kind."""
+    """The images of all files by their key. Raises InputError for a file of another format."""
     images, source = [], "COCO" if opt.coco else "Karpathy"
     for path in opt.coco or [opt.karpathy]:
         try:
@@ -133,10 +133,10 @@ def read_images(opt: argparse.Namespace) -> dict[str, Image]:
 
 
 def choose_ids(images: dict[str, Image], split: str | None, order: Path | None) -> dict[str, list]:
-    """The image ids of each split to write; all splits, or one in a given order.
+    """The image ids of each split to write: all splits, or one split in a given order.
 
-    Raises InputError if `order` names images that are unknown or of another of Karpathy's splits:
-    what was trained on must not be tested on. A split of a new name takes any image.
+    Raises InputError if `order` names images that are unknown or in another of Karpathy's splits,
+    so that no training image is tested on. A split with a new name may have any image.
     """
     splits = {name: [i.id for i in images.values() if i.split == name] for name in SPLITS}
     if len(splits["test"]) > COCO_1K:
@@ -170,7 +170,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data_path", default="./data", help="folder of the data sets")
     add("--data_name", required=True, help="the data set's folder in data_path")
-    add("--split", help="write one split only, in the --order of its images")
+    add("--split", help="write only this split, with its images in --order")
     add("--order", type=Path, help="file of image ids")
     opt = parser.parse_args()
     if bool(opt.split) != bool(opt.order) or (opt.coco and not opt.order):

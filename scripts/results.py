@@ -6,9 +6,9 @@
 A table stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->`. ablations.py keeps the logs
 of a run in results/SET/VARIANT-sSEED: metrics.jsonl of train.py, test.json of evaluation.py,
 test-qb.json with QB-Norm (photographs), diagnosis.json of diagnose.py (drawn scenes). reproduce.sh
-keeps those of the paper's experiments in results/paper/RUN. cca.py writes results/flickr8k/cca.json
-and cca-qb.json, evaluation.py of two checkpoints ensemble.json and ensemble-qb.json there, and
-benchmark.py results/speed/*.json.
+keeps those of the paper's experiments in results/paper/RUN. In results/flickr8k, cca.py writes
+cca.json and cca-qb.json, and evaluation.py with two checkpoints writes ensemble.json and
+ensemble-qb.json. benchmark.py writes results/speed/*.json.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from visualize import curves_figure, plt, read_log
 
 from utils import InputError, atomic_write, one_line, write_text
 
-# Options that may differ between the seeds of a variant: places, and how often a run logs.
+# Options that may differ between the seeds of a variant: seed, paths, resume, workers.
 APART = {"seed", "data_path", "vocab_path", "model_name", "logger_name", "resume", "workers"}
-# Steps of the paper's trainings: 50 epochs of 145,000 and 566,435 captions, 128 a batch.
+# Steps of the paper's trainings: 50 epochs of 145,000 and 566,435 captions, 128 per batch.
 PAPER = {"Flickr30K": 56_650, "MS-COCO": 221_300}
 # The columns in README.md.
 SHORT = ("model", "seeds", "i2t R@1", "t2i R@1", "test rsum", "with QB-Norm")
@@ -50,7 +50,7 @@ class Seed:
         self.qb_norm = qb_norm.get("rsum")
         self.dev = max(line["rsum"] for line in self.log["dev"])  # of the checkpoint tested
         seconds = statistics.median(line["batch_time"] for line in self.log["train"])
-        self.minutes = self.log["train"][-1]["step"] * seconds / 60  # of steps, not of validation
+        self.minutes = self.log["train"][-1]["step"] * seconds / 60  # of steps, without validation
 
 
 def read_set(name: str) -> dict[str, list[Seed]]:
@@ -84,7 +84,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation; of a single run the value alone."""
+    """Mean ± standard deviation; for a single run only the value."""
     if not values:
         return "–"
     mean = f"{statistics.mean(values):.1f}"
@@ -99,7 +99,7 @@ def cost(seeds: list[Seed]) -> dict[str, str]:
 
 
 def recalls(title: str, tests: list[dict], dev: list[float]) -> dict[str, str]:
-    """The metrics of one or several seeds; the interval's ends are means over them."""
+    """The metrics of one or several seeds; the interval's ends are means over the seeds."""
     low, high = map(statistics.mean, zip(*(t["bootstrap"]["rsum"] for t in tests), strict=True))
     return {
         "model": title, "seeds": str(len(tests)),
@@ -111,7 +111,7 @@ def recalls(title: str, tests: list[dict], dev: list[float]) -> dict[str, str]:
 
 
 def untrained_row(name: str, title: str) -> list[dict[str, str]]:
-    """Of results/flickr8k/NAME.json and NAME-qb.json, which are no training of their own."""
+    """A row from results/flickr8k/NAME.json and NAME-qb.json, which have no training log."""
     path = ROOT / f"results/flickr8k/{name}.json"
     if not path.is_file():
         return []
@@ -123,7 +123,7 @@ def untrained_row(name: str, title: str) -> list[dict[str, str]]:
 
 
 def photo_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
-    """Recalls on the test photographs: the linear baseline, a row a variant, the ensemble."""
+    """Recalls on the test photographs: the linear baseline, the variants, the ensemble."""
     rows = untrained_row("cca", "linear CCA, mean region and words")
     for title, seeds in photos.items():
         columns = recalls(title, [seed.test for seed in seeds], [seed.dev for seed in seeds])
@@ -134,7 +134,7 @@ def photo_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
 
 
 def recipe_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
-    """VSE++ by the whole modern recipe, and without one part at a time: best dev rsum so far."""
+    """VSE++ with the modern recipe, whole or without one part: best dev rsum in RECIPE_EPOCHS."""
     rows, parts = [], read_set("recipe")
     whole = photos.get(SETS["flickr8k"].variants["vse-modern"][0], []) if parts else []
     for title, seeds in ({"the whole recipe": whole} | parts).items():
@@ -148,7 +148,7 @@ def recipe_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
 
 
 def scene_rows(scenes: dict[str, list[Seed]]) -> list[dict[str, str]]:
-    """Accuracy on relations, attributes and counts: a row a variant."""
+    """Accuracy on relations, attributes and counts: one row per variant."""
     return [
         {"model": title, "seeds": str(len(seeds))}
         | {kind: spread([seed.diagnosis[kind]["accuracy"] for seed in seeds]) for kind in KINDS}
@@ -158,7 +158,7 @@ def scene_rows(scenes: dict[str, list[Seed]]) -> list[dict[str, str]]:
 
 
 def paper_tables() -> str:
-    """Measured runs of reproduce.sh; and how long a run takes at the measured training step."""
+    """Measured runs of reproduce.sh, and how long a run takes at the measured time per step."""
     measured, steps = [], []
     for path in sorted((ROOT / "results/paper").glob("*/test*.json")):
         test, dev = read_json(path), max(line["rsum"] for line in read_log(path.parent)["dev"])
@@ -181,7 +181,7 @@ def speed_tables() -> str:
 
 
 def scenes_figure(found: dict[str, list[Seed]]) -> plt.Figure:
-    """What each variant gets right of each kind: a bar to the mean, a dot a seed."""
+    """Accuracy of each variant on each kind: a bar up to the mean, a dot per seed."""
     size = (12, 0.8 + 0.36 * len(found))
     fig, axes = plt.subplots(1, len(KINDS), figsize=size, sharey=True, layout="constrained")
     for ax, kind in zip(axes, KINDS, strict=True):
@@ -204,7 +204,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def fill(text: str, name: str, table: str, where: Path) -> str:
-    """`text` with the table between the marks of its name."""
+    """`text` with the table between the markers of its name."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise InputError(f"{where}: expected {begin} and {end} once each")

@@ -8,14 +8,14 @@
 PHOTOS is a folder of photographs, or the {split}_ims.npy of a data set (--pictures names the folder
 of its pictures). The model is pretrained/flickr8k unless --model_path names another. Photographs
 become regions as in extract_features.py, with the projection.npz beside the model. The index
-is kept in PHOTOS.index (or --index), and updated when a picture or the model changed.
+is kept in PHOTOS.index (or --index), and updated when a picture or the model changes.
 
-Up to 2,000 images, LHSC scores all; beyond that 200 candidates. LHSC's local alignment becomes
-cheap if every word attends to all regions equally and counts equally, and nothing is divided by its
-length. With the mean region v, the mean word q, P and p of the local alignment, w of the score, and
-c = Pᵀ w:
+LHSC scores all images if there are up to 2,000, else only 200 candidates. Its local alignment
+becomes cheap if every word attends to all regions equally, all words count equally, and nothing is
+normalised. With the mean region v, the mean word q, P and p of the local alignment, w of the score,
+and c = Pᵀ w:
 
-    w · (P (v − q)² + p) = Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d + what does not depend on the image.
+    w · (P (v − q)² + p) = Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d + terms that do not depend on the image.
 
 The candidates are the images where this is largest. `benchmark.py search` measures how many of
 LHSC's answers they keep.
@@ -52,11 +52,11 @@ from utils import InputError, at_least, choose_matmul, one_line, progress, selec
 from vocab import Vocabulary, tokenize
 
 PRETRAINED = ROOT / "pretrained/flickr8k/model.pth.tar"
-EXHAUSTIVE = 2_000  # images up to which LHSC scores all of them
-CANDIDATES = 200  # images that it scores beyond that
+EXHAUSTIVE = 2_000  # up to this many images LHSC scores all of them
+CANDIDATES = 200  # images that it scores if there are more
 SCORE_CHUNK = 512  # images scored at once
 ANSWERS = 12  # on the page
-THUMBNAIL = 320  # pixels a side
+THUMBNAIL = 320  # pixels per side
 
 Hit = tuple[int, float]  # an image of the index, and its score
 
@@ -64,7 +64,7 @@ Hit = tuple[int, float]  # an image of the index, and its score
 
 
 class Candidates:
-    """Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d, by which the candidates are picked.
+    """Σ_d c_d v_d² − 2 Σ_d c_d q_d v_d, which selects the candidates.
 
     image_mean: mean regions v (n, D). Raises InputError if there are no local alignments.
     """
@@ -88,7 +88,7 @@ FILES = ("region_emb.npy", "image_global.npy", "image_mean.npy")
 def write_index(
     folder: Path, ids: list[str], blocks: Iterable[EncodedImages], made_from: list[str]
 ) -> None:
-    """Write encoded images, which `ids` names, into a folder, with one block in memory:
+    """Write encoded images, named by `ids`, to a folder, with one block at a time in memory:
 
     region_emb.npy    (n, R, D) float16
     image_global.npy  (n, D) float32
@@ -110,7 +110,7 @@ def write_index(
 
 
 class Index:
-    """An index with its model, ready for queries. Raises InputError if a file of it is damaged."""
+    """An index with its model, ready for queries. Raises InputError if a file is damaged."""
 
     def __init__(self, folder: Path, model: LHSC, vocab: Vocabulary) -> None:
         self.model, self.vocab = model.eval(), vocab
@@ -132,7 +132,7 @@ class Index:
 
     @torch.inference_mode()
     def images_for(self, caption: EncodedCaptions, top: int) -> list[Hit]:
-        """The images that score highest with a caption: of all, or of the candidates."""
+        """The images that score highest with a caption, among all or among the candidates."""
         rows = np.arange(len(self.ids))
         if len(rows) > EXHAUSTIVE:
             words = word_mean(caption.word_emb, caption.lengths).cpu()  # (1, D)
@@ -142,7 +142,7 @@ class Index:
         return best(rows, torch.cat(sims)[:, 0], top)
 
     def images_like(self, image: EncodedImages, top: int) -> list[Hit]:
-        """The images whose global vectors have the largest cosine with an image's."""
+        """The images whose global vectors have the highest cosine with that of `image`."""
         cosine = self.image_global @ image.image_global[0].cpu()
         return best(np.arange(len(cosine)), cosine, top)
 
@@ -166,7 +166,7 @@ class Searcher:
         choose_matmul(self.device)
         model, _, self.vocab = load(opt.model_path, argparse.Namespace())
         self.model = model.to(self.device).eval()
-        with_local_alignments(self.model.similarity)  # refused before the work, not after it
+        with_local_alignments(self.model.similarity)  # fails before the work, not after it
         self.encoder = self.model.image_encoder
         self.sizes = self.encoder.fc.in_features, self.model.num_regions  # img_dim, R
         projection = opt.model_path.with_name("projection.npz")
@@ -190,7 +190,7 @@ class Searcher:
 
     @torch.inference_mode()
     def _update_index(self, made_from: list[str]) -> None:
-        """Make the index anew, unless it was made from the same."""
+        """Rebuild the index, unless it was made from the same inputs."""
         file = self.folder / "index.json"
         if file.is_file() and json.loads(file.read_text())["made_from"] == made_from:
             return
@@ -215,7 +215,7 @@ class Searcher:
 
     @functools.cached_property
     def extractor(self) -> features.Extractor:
-        """Makes regions from a picture. Raises InputError if the model takes others."""
+        """Makes regions from a picture. Raises InputError if the model takes other sizes."""
         extractor = features.Extractor(self.opt.backbone, self.projection, self.device)
         img_dim, num_regions = self.sizes
         if (extractor.img_dim, len(extractor.boxes)) != self.sizes:
@@ -229,12 +229,12 @@ class Searcher:
     def encode_images(
         self, regions: Tensor, fused: Sequence[FusedWeights] | None = None
     ) -> EncodedImages:
-        """Regions (B, R, img_dim), encoded. fused: the graph's, if they are at hand already."""
+        """Encode regions (B, R, img_dim). fused: the graph's fused_weights, if already computed."""
         region_emb = self.encoder(regions.float().to(self.device), fused)
         return EncodedImages(region_emb, self.model.similarity.image_global(region_emb))
 
     def search(self, sentence: str, picture: Path | None, top: int) -> tuple[list[Hit], str]:
-        """The best images for a sentence, with a note of its unknown words; or for a picture.
+        """The best images for a sentence or for a picture, and a note of unknown words.
 
         Raises InputError for an empty sentence, or a picture that cannot be read.
         """
@@ -249,11 +249,11 @@ class Searcher:
         return self.index.images_for(self.index.encode(sentence), top), note
 
     def file(self, image: int) -> Path | None:
-        """The picture of an image of the index, if it is there."""
+        """The picture file of an image of the index, or None."""
         return features.find_picture(self.pictures, self.index.ids[image])
 
     def picture(self, image: int, side: int | None = None) -> Image.Image | None:
-        """The same as read_picture reads it; None if it cannot."""
+        """The picture, read by read_picture; None if that fails."""
         file = self.file(image)
         with contextlib.suppress(InputError):
             return features.read_picture(file, side) if file else None
@@ -271,7 +271,7 @@ class Searcher:
 
 
 def thumbnail(searcher: Searcher, image: int) -> Image.Image:
-    """The picture of an image, or one that says its name."""
+    """The picture of an image, or a placeholder with its name."""
     picture = searcher.picture(image, THUMBNAIL)
     if picture is None:
         picture = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#eeeeee")
@@ -282,7 +282,7 @@ def thumbnail(searcher: Searcher, image: int) -> Image.Image:
 
 
 def attention_picture(searcher: Searcher, image: int, sentence: str) -> Image.Image:
-    """An image of the index, and where the words of a sentence attend to."""
+    """An image of the index, with the regions that the words of a sentence attend to."""
     region_emb = searcher.index.images(np.array([image])).region_emb
     why = explain(searcher.model, searcher.vocab, region_emb, sentence)
     figure = attention_figure(why, searcher.picture(image), searcher.boxes(image))
@@ -293,7 +293,7 @@ def attention_picture(searcher: Searcher, image: int, sentence: str) -> Image.Im
 
 
 def page(searcher: Searcher):
-    """A sentence or a picture in, a gallery out, and what each word attends to on a click.
+    """A web page: search by sentence or picture, and click an answer to see the attention.
 
     gradio is given thumbnails, and no folder to serve files from. Names are shown as plain text.
     """
@@ -309,7 +309,7 @@ def page(searcher: Searcher):
         return gallery, (sentence, hits), note, None
 
     def attention(searched: tuple[str, list[Hit]], chosen: gr.SelectData) -> Image.Image | None:
-        """-> the picture that was clicked, and where the words that were searched attend to."""
+        """-> the clicked picture, with the regions that the words of the query attend to."""
         sentence, hits = searched
         return attention_picture(searcher, hits[chosen.index][0], sentence) if sentence else None
 
@@ -342,7 +342,7 @@ def index(searcher: Searcher, opt: argparse.Namespace) -> None:
 
 
 def query(searcher: Searcher, opt: argparse.Namespace) -> None:
-    """Answer one sentence or picture."""
+    """Search for one sentence or picture."""
     is_picture = Path(opt.query).suffix.lower() in features.PICTURES
     hits, note = searcher.search(opt.query, Path(opt.query) if is_picture else None, opt.top)
     if note:
@@ -352,7 +352,7 @@ def query(searcher: Searcher, opt: argparse.Namespace) -> None:
 
 
 def serve(searcher: Searcher, opt: argparse.Namespace) -> None:
-    """A web page to search with."""
+    """Serve a web page to search with."""
     blocks = page(searcher)
     blocks.launch(server_name="127.0.0.1", share=False, quiet=True, prevent_thread_lock=True)
     print(f"{blocks.local_url}  (Ctrl-C ends it)", flush=True)
@@ -373,7 +373,7 @@ def main() -> None:
         add("source", type=Path, metavar="PHOTOS", help="folder of photographs, or {split}_ims.npy")
         add("--pictures", default=None, type=Path, help="folder of the split's pictures")
         add("--model_path", default=PRETRAINED, type=Path, help="the checkpoint")
-        add("--backbone", default=features.EFFICIENTNET, help="what made the model's regions")
+        add("--backbone", default=features.EFFICIENTNET, help="backbone of the model's regions")
         add("--index", default=None, type=Path, help="folder of the index; default: PHOTOS.index")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     opt = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Figures of what a model retrieves, and why; and a report of a run.
+"""Figures of what a model retrieves and why, and a report on a run.
 
     python scripts/visualize.py retrieval --sims sims.npy --data_name scenes_precomp \\
         --pictures data/scenes_images/test        # sims.npy: evaluation.py --save_sims
@@ -8,8 +8,8 @@
     python scripts/visualize.py layers runs/*/checkpoint/model_best.pth.tar
     python scripts/visualize.py report --model_path CKPT --pictures FOLDER --out report.html
 
-Pictures are found by the ids in {split}_ids.txt, the boxes of regions in {split}_boxes.npy. Without
---pictures the ids are shown; without boxes the attention is a table of words × regions.
+Pictures are found by the ids in {split}_ids.txt. The boxes of regions are in {split}_boxes.npy.
+Without --pictures the ids are shown; without boxes the attention is a table of words × regions.
 
 Shape letters: R regions, L words of a caption, D joint size.
 """
@@ -62,9 +62,9 @@ from utils import (
 from vocab import Vocabulary, read_captions, tokenize
 
 RIGHT, HEAT = "#1a8a5f", "#d7301f"
-TOP = 5  # answers shown to a query
-COLUMNS = 6  # pictures side by side, of what words attend to
-THUMBNAIL = 240  # pixels a side, in the report
+TOP = 5  # answers shown per query
+COLUMNS = 6  # pictures side by side in an attention figure
+THUMBNAIL = 240  # pixels per side, in the report
 plt.rcParams["text.parse_math"] = False  # a $ in a caption or a file name is a dollar sign
 
 # -- what a score is made of ----------------------------------------------------------------------
@@ -86,7 +86,7 @@ class Explanation(NamedTuple):
 def explain(model: LHSC, vocab: Vocabulary, region_emb: Tensor, caption: str) -> Explanation:
     """Explain the score of an encoded image, region_emb (1, R, D), and a caption.
 
-    The model is in eval mode. Raises InputError if it has no local alignments.
+    The model must be in eval mode. Raises InputError if it has no local alignments.
     """
     similarity = with_local_alignments(model.similarity)
     words = ["<start>", *tokenize(caption), "<end>"]
@@ -137,9 +137,9 @@ class Split:
 
 
 def shares_of(boxes: np.ndarray, picture: Image.Image | None) -> np.ndarray:
-    """Boxes (R, 4), in pixels or as shares of their picture -> as shares of it.
+    """Boxes (R, 4), in pixels or as fractions of the picture -> as fractions of the picture.
 
-    If the picture is not known, the corner of the outermost boxes stands for its size.
+    If the picture is not known, the largest x2 and y2 are used as its size.
     """
     boxes = np.asarray(boxes)
     size = picture.size if picture else boxes[:, 2:].max(axis=0)
@@ -160,7 +160,7 @@ def best(scores: np.ndarray) -> np.ndarray:
 
 
 def show(ax: Axes, text: str, picture: Path | None = None, right: bool = False) -> None:
-    """A picture, or a text where there is none; a right answer has a frame."""
+    """A picture, or a text where there is none; a right answer has a thick frame."""
     ax.set(xticks=[], yticks=[])
     if picture:
         ax.imshow(read_picture(picture))
@@ -208,8 +208,8 @@ def attention_figure(
 ) -> plt.Figure:
     """What the global image vector and each word attend to, with their gates in the score.
 
-    With boxes (R, 4) on the picture: the more opaque, the higher the weight. Without them as a
-    table of words × regions.
+    With boxes (R, 4), weights are drawn on the picture: more opaque means a higher weight. Without
+    boxes they are a table of words × regions.
     """
     rows = np.vstack([why.region_weights, why.attention])  # (1 + L, R)
     words = [w + "*" * new for w, new in zip(why.words, why.unknown, strict=True)]
@@ -296,8 +296,8 @@ def draw_curves(opt: argparse.Namespace) -> plt.Figure:
 def layer_updates(split: Split) -> dict[str, list[float]]:
     """‖layer(x) − x‖ / ‖x‖ of each layer, the mean over all regions and words.
 
-    Returns {"graph": [one number a layer], "word": […]}. With the official padding the layers see
-    padded words too, and those count.
+    Returns {"graph": [one number per layer], "word": […]}. With the official padding the layers
+    see padded words too, and those are included.
     """
     model, ratios = split.model, defaultdict(list)
 
@@ -334,7 +334,7 @@ def draw_layers(opt: argparse.Namespace) -> plt.Figure:
 
 
 def data_url(mime: str, write: Callable[[BinaryIO], object]) -> str:
-    """An image that `write(file)` writes, as an address that holds all of it."""
+    """An image that `write(file)` writes, as a data URL."""
     buffer = io.BytesIO()
     write(buffer)
     return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -352,7 +352,7 @@ def shown_image(split: Split, image: int, score: float, right: bool) -> dict:
 
 
 def shown_query(split: Split, caption: int, rank: int, scores: np.ndarray) -> dict:
-    """A caption for the page: the attention of its words in its own image, and its answers."""
+    """A caption for the page: the attention of its words over its own image, and its answers."""
     image = int(split.data.image_of_caption[caption])
     why = split.explain(image, split.data.texts[caption])
     weights = (why.attention / why.attention.max(1, keepdims=True)).round(2).tolist()
@@ -372,7 +372,7 @@ def write_report(opt: argparse.Namespace) -> str:
     order = np.argsort(ranks, kind="stable")
     queries = {}
     for kind, captions in (("best", order), ("worst", order[::-1])):
-        _, first = np.unique(image_of_caption[captions], return_index=True)  # one of an image
+        _, first = np.unique(image_of_caption[captions], return_index=True)  # one per image
         chosen = captions[np.sort(first)][: opt.queries].tolist()
         queries[kind] = [shown_query(split, k, int(ranks[k]), sims[:, k]) for k in chosen]
     run, curves, file = {}, None, Path(opt.model_path).with_name("metrics.jsonl")
@@ -402,7 +402,7 @@ def options() -> argparse.ArgumentParser:
         add("--overwrite", action="store_true", help="replace a file that exists")
         if name != "curves":
             add("--data_path", help="folder of the data sets")
-            add("--data_name", required=name == "retrieval", help="its folder in data_path")
+            add("--data_name", required=name == "retrieval", help="data set's folder in data_path")
             add("--vocab_path", help="folder of the vocabularies")
             add("--split", default="test", help="the split to show (test)")
             add("--pictures", type=Path, help="folder of the pictures")
@@ -414,7 +414,7 @@ def options() -> argparse.ArgumentParser:
     add("--queries", default=5, type=at_least(1), help="how many of each kind (5)")
     add = command("attention", draw_attention, "what each word attends to")
     add("--model_path", default=DEFAULT_MODEL, help="the checkpoint")
-    add("--image", default="0", help="its id, or its number in the split (0)")
+    add("--image", default="0", help="image id, or its number in the split (0)")
     add("--caption", help="any sentence (the image's first caption)")
     add = command("curves", draw_curves, "loss and dev recall of runs")
     add("runs", nargs="+", type=Path, help="folders with a metrics.jsonl")
