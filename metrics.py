@@ -173,7 +173,7 @@ def bootstrap_intervals(folds: list[np.ndarray], n_samples: int = 1000, seed: in
 def paired_bootstrap(
     a: list[np.ndarray], b: list[np.ndarray], n_samples: int = 1000, seed: int = 0
 ) -> dict:
-    """How much higher b's rsum is than a's on the same images: {"samples", "difference", "interval"}.
+    """How much higher b's rsum is than a's: {"samples", "difference", "interval"}.
 
     a, b: folds as in `resampled`, of two models on the same test set, in the same order. Each
     sample draws the same images for both.

@@ -170,7 +170,7 @@ class CaptionBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d(1) as the official code's loop calls it: once per caption, in caption order.
 
     The statistics are those of one caption's gates over all images of the batch (of all processes),
-    n = B·(words + 1) numbers. Pooling them over captions would train a different model. A step updates
+    n = B·(words + 1). Pooling them over captions would train a different model. A step moves
     the running buffers C times, in closed form: (1−m)^C old + Σ_i m (1−m)^(C−1−i) statistic_i.
     """
 
