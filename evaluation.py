@@ -52,7 +52,7 @@ from vocab import Vocabulary, vocab_file
 DEFAULT_MODEL = "./runs/LHSC/checkpoint/model_best.pth.tar"
 ENCODE_BATCH = 100  # the official code's; with its padding a caption's embedding depends on it
 ATTENTION_NUMEL = 2**21  # most C · L² of a batch; captions over 145 words get smaller batches
-SCORE_CHUNK = {"cpu": (16, 512), "cuda": (128, 1024)}  # images, words scored at once
+SCORE_CHUNK = {"cpu": (32, 1024), "cuda": (128, 1024)}  # images, words scored at once
 N_FOLDS = 5
 BANK_CAPTIONS = 5000  # training captions in QB-Norm's bank, with their images
 COLLAPSED = 1e-6  # scores within this range count as equal
