@@ -53,9 +53,8 @@ def alone(trained, tmp_path_factory):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_steps_and_evaluations_are_those_of_one_process(alone, n):
-    """Batches of 8, 7 and 5; every similarity. The scores are the same to 1e-6.
+    """Batches of 8, 7 and 5; every similarity. Scores agree to 1e-6, so close ranks may differ.
 
-    Metrics are those of the scores: where two are nearer than that, a rank may be another.
     Two end well. Of three the first dies at the end, and the others say so in one line.
     """
     (alone / f"by{n}").mkdir()
