@@ -108,10 +108,9 @@ class WordSelfAttention(nn.Module):
 
     def forward(self, words: Tensor, mask: Tensor) -> Tensor:
         """words (W, word_dim), mask (C, L) True at each word -> (W, word_dim)."""
-        local, global_, value = (
-            pad_words(self.dropout(torch.tanh(linear(words))), mask)
-            for linear in (self.local, self.global_, self.value)
-        )
+        layers = self.local, self.global_, self.value
+        parts = torch.cat([self.dropout(torch.tanh(layer(words))) for layer in layers], dim=1)
+        local, global_, value = pad_words(parts, mask).chunk(3, dim=2)  # (C, L, word_dim) each
         affinity = local @ global_.transpose(1, 2) / mask.sum(1).view(-1, 1, 1)  # (C, L, L)
         return words + (affinity @ value)[mask]
 
