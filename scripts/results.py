@@ -45,6 +45,7 @@ class Seed:
 
     def __init__(self, folder: Path) -> None:
         self.log = read_log(folder)
+        self.options = (self.log["run"] + self.log["resume"])[-1]["arguments"]
         files = (folder / name for name in ("test.json", "test-qb.json", "diagnosis.json"))
         self.test, qb_norm, self.diagnosis = (read_json(f) if f.is_file() else {} for f in files)
         self.qb_norm = qb_norm.get("rsum")
@@ -63,7 +64,7 @@ def read_set(name: str) -> dict[str, list[Seed]]:
         folders = sorted((ROOT / "results" / name).glob(f"{variant}-s[0-9]*"))
         seeds = [Seed(folder) for folder in folders]
         for folder, seed in zip(folders, seeds, strict=True):
-            first, other = (x.log["run"][0]["arguments"] for x in (seeds[0], seed))
+            first, other = seeds[0].options, seed.options
             for option in first.keys() & other.keys() - APART:
                 if first[option] != other[option]:
                     raise InputError(f"{folder}: another seed has another --{option}")

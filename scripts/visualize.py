@@ -256,7 +256,8 @@ def draw_attention(opt: argparse.Namespace) -> plt.Figure:
 def read_log(path: Path) -> dict[str, list[dict]]:
     """The lines of a run's metrics.jsonl (a file, or the folder that holds it) by type."""
     lines = read_lines(path / "metrics.jsonl" if path.is_dir() else path)
-    return {kind: [x for x in lines if x["type"] == kind] for kind in ("run", "train", "dev")}
+    kinds = "run", "resume", "train", "dev"
+    return {kind: [x for x in lines if x["type"] == kind] for kind in kinds}
 
 
 def curves_figure(logs: dict[str, dict[str, list[dict]]]) -> plt.Figure:

@@ -17,9 +17,9 @@ MARKS = "\n{0}:\n<!-- {0}: begin -->\nold\n<!-- {0}: end -->\n"
 
 
 def write_run(folder, seed, rsum):
-    """The logs of a run: 600 steps of half a second, two epochs."""
+    """The logs of a run: 600 steps of half a second, two epochs; seed 1 was resumed for them."""
     recalls = {"r1": rsum / 10}
-    arguments = {"embed_size": 8, "seed": seed, f"only_seed_{seed}_has": True}
+    arguments = {"embed_size": 8, "seed": seed, "num_epochs": 2 - seed, f"only_{seed}_has": True}
     lines = [{"type": "run", "seed": seed, "hardware": {"device": "a CPU"},
               "parameters": 1_230_000, "arguments": arguments}]  # fmt: skip
     for epoch in (0, 1):
@@ -27,6 +27,7 @@ def write_run(folder, seed, rsum):
         dev = {"rsum": rsum + 10 - epoch, "i2t": recalls, "t2i": recalls}
         lines += [{"type": "train", "batch_time": 0.5, "loss": 9.0} | place]
         lines += [{"type": "dev"} | place | dev]
+    lines += [{"type": "resume", "arguments": arguments | {"num_epochs": 2}}] * seed
     test = {"i2t": recalls, "t2i": recalls, "rsum": rsum, "protocol": "F30K 1K",
             "bootstrap": {"rsum": [rsum - 5, rsum + 7]}}  # fmt: skip
     diagnosis = {kind: {"accuracy": rsum - 20} for kind in KINDS}
@@ -144,9 +145,8 @@ def test_ablations_go_on_where_they_were(tmp_path):
     refused(call(*ablate, "sgr"), "sgr", "lhsc")
 
 
-def test_a_failed_run_is_named(tmp_path):
-    options = ("scenes", "--only", "vse", "--seeds", 0, "--results", "results")
-    result = call(tmp_path, ablations.main, *options)  # there is no data
+def test_a_run_that_fails_without_data_is_named(tmp_path):
+    result = call(tmp_path, ablations.main, "scenes", "--only=vse", "--seeds=0", "--results=logs")
     assert result.returncode == 1 and "0 of 1 runs done" in result.stdout
     assert "vse-s0: failed, see runs/ablations/scenes/vse-s0/output.txt" in result.stderr
 
