@@ -236,6 +236,17 @@ def update_ema(ema_model: LHSC, model: LHSC, decay: float, step: int) -> None:
             old.copy_(new)
 
 
+def validate(
+    model: LHSC, devset: PrecompDataset, device: torch.device, similarity: Similarity | None
+) -> dict:
+    """Metrics on dev. similarity: used instead of the model's own."""
+    own = model.similarity
+    model.similarity = own if similarity is None else similarity
+    metrics, _ = evaluate([model.eval()], devset, device)
+    model.similarity = own
+    return metrics
+
+
 def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = None) -> float:
     """A whole run, or the rest of one from `saved`; returns the best rsum on dev.
 
@@ -265,6 +276,7 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 freeze(model, encoders_only)
             if ema_model is not None and epoch == opt.encoder_epochs and state.batch == 0:
                 model.load_state_dict(ema_model.state_dict())
+            similarity = VSESimilarity() if encoders_only else None
             contrastive = encoders_only or opt.loss == "contrastive"
             hardest = opt.max_violation and epoch >= opt.warmup_epochs and not contrastive
             for batch in batches(loader, log):
@@ -273,7 +285,7 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 lr = set_learning_rate(optimizer, opt, epoch, state.step)
                 loss = train_step(
                     model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype,
-                    contrastive, VSESimilarity() if encoders_only else None,
+                    contrastive, similarity,
                 )  # fmt: skip
                 state.step += 1
                 state.batch += 1
@@ -285,11 +297,11 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 is_last = state.batch == len(loader)
                 if state.step % opt.log_step == 0 or is_last:
                     log.train(state, lr, len(loader), 2 * opt.margin * opt.batch_size * hardest)
-                if not encoders_only and (state.step % opt.val_step == 0 or is_last):
+                if state.step % opt.val_step == 0 or is_last:
                     best_model = ema_model or model
-                    metrics, _ = evaluate([best_model.eval()], devset, device)
-                    is_best = metrics["rsum"] > state.best_rsum
-                    log.dev(state, metrics, is_best)
+                    metrics = validate(best_model, devset, device, similarity)
+                    is_best = not encoders_only and metrics["rsum"] > state.best_rsum
+                    log.dev(state, metrics, is_best, encoders_only)
                     if is_best:
                         state.best_rsum, state.best_epoch = metrics["rsum"], epoch
                         save_best(folder, opt, vocab, state, best_model)

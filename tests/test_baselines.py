@@ -114,11 +114,7 @@ def test_dropout_of_attended_pooling_draws_the_same_again_in_the_backward_pass(m
     ("lhsc", {"padding": "official"}),
 ])  # fmt: skip
 def test_evaluation_is_the_model(tiny, name, options, monkeypatch):
-    """Encoding and scoring a split by parts gives what the model gives, in file order.
-
-    By default captions are encoded sorted by length. With the official padding it matters which
-    captions share a batch: they stay as in the file.
-    """
+    """Encoding and scoring a split by parts gives what the model gives, in file order."""
     assert evaluation.ENCODE_BATCH == 100  # the official code's
     monkeypatch.setattr(evaluation, "ENCODE_BATCH", 7)
     monkeypatch.setitem(evaluation.SCORE_CHUNK, "cpu", (3, 40))

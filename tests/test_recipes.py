@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, call, log_of, refused, succeeded
+from conftest import RUN, SMALL, call, load_split, log_of, refused, succeeded
 from torch.testing import assert_close
 
 import train
 from baselines import VSESimilarity
-from checkpoint import load_checkpoint, load_latest
+from checkpoint import load_checkpoint, load_latest, model_from
 from data import Batch
-from evaluation import evalrank
+from evaluation import evalrank, evaluate
 from metrics import retrieval_metrics
 from model import LHSC, triplet_loss
 from train import RECIPES, given_options, options, parse, update_ema
@@ -29,9 +29,8 @@ def steps_of_a_run(monkeypatch, folder, *arguments):
         (group,) = optimizer.param_groups
         parts = model.image_encoder, model.text_encoder, model.similarity
         trained = [{p.requires_grad for p in part.parameters()} for part in parts]
-        found.append({"lr": group["lr"], "margin": margin,
-                      "hardest": max_violation, "clip": clip, "dtype": dtype,
-                      "contrastive": contrastive, "start": type(start),
+        found.append({"lr": group["lr"], "margin": margin, "hardest": max_violation, "clip": clip,
+                      "dtype": dtype, "contrastive": contrastive, "start": type(start),
                       "trained": trained})  # fmt: skip
         return 1.0
 
@@ -54,12 +53,12 @@ def test_options_reach_the_steps(tiny, monkeypatch):
 def test_the_encoders_are_trained_first(tiny, monkeypatch, loss):
     options = ["--encoder_epochs", 1, "--loss", loss]
     steps = steps_of_a_run(monkeypatch, tiny, *options)
-    assert [step["start"] for step in steps] == [VSESimilarity] * 10 + [type(None)] * 10
-    assert all(step["trained"] == [{True}, {True}, {False}] for step in steps[:10])
-    assert all(step["trained"] == [{False}, {False}, {True}] for step in steps[10:])
-    assert {step["contrastive"] for step in steps[:10]} == {True}
-    assert {step["contrastive"] for step in steps[10:]} == {loss == "contrastive"}
-    assert [line["epoch"] for line in log_of(tiny, "dev")] == [1]
+    first = VSESimilarity, True, [{True}, {True}, {False}]
+    then = type(None), loss == "contrastive", [{False}, {False}, {True}]
+    found = [(step["start"], step["contrastive"], step["trained"]) for step in steps]
+    assert found == [first] * 10 + [then] * 10
+    validated = [(line["type"], line["epoch"]) for line in log_of(tiny, "encoders", "dev")]
+    assert validated == [("encoders", 0), ("dev", 1)]
     refused(call(tiny, train.main, *SMALL, *options, "--num_epochs", 1), "--encoder_epochs 1")
 
 
@@ -137,10 +136,10 @@ def test_averaged_weights_are_exponential_and_forget_the_start():
 
 def test_averaged_weights_are_evaluated_and_resumed(tiny):
     """Stopped in an epoch and continued, the average ends where it would have, bitwise."""
-    whole, part = tiny / "runs/whole/checkpoint", tiny / "runs/part/checkpoint"
+    whole, part = tiny / RUN, tiny / "runs/part/checkpoint"
     arguments = [*SMALL, "--recipe", "modern", "--encoder_epochs", 1, "--num_epochs", 3,
                  "--save_step", 4, "--keep", 99]  # fmt: skip
-    succeeded(call(tiny, train.main, *arguments, "--model_name", whole, "--logger_name", "log"))
+    succeeded(call(tiny, train.main, *arguments))
     part.mkdir(parents=True)
     for name in ("checkpoint_16.pth.tar", "metrics.jsonl"):
         shutil.copy(whole / name, part / name)
@@ -157,6 +156,12 @@ def test_averaged_weights_are_evaluated_and_resumed(tiny):
     where = {"vocab_path": tiny / "vocab", "device": "cpu"}
     rsum = evalrank(whole / "model_best.pth.tar", tiny / "data", **where)["rsum"]
     assert rsum == pytest.approx(best["best_rsum"])
+    (line,) = log_of(tiny, "encoders")
+    after_one = load_checkpoint(whole / "checkpoint_10.pth.tar")
+    encoders = model_from(after_one | {"model": after_one["ema_model"]})
+    encoders.similarity = VSESimilarity()
+    metrics, _ = evaluate([encoders], load_split(tiny, "dev")[0], torch.device("cpu"))
+    assert line["rsum"] == metrics["rsum"] != best["best_rsum"] and not line["best"]
     refused(call(tiny, train.main, "--resume", part, "--ema", 0.5), "--ema 0.5")
 
 

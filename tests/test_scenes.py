@@ -1,7 +1,4 @@
-"""The embedded data set: layout, twins, captions that tell them apart, features of pixels.
-
-Accuracy on its questions is that of scoring them one by one.
-"""
+"""The drawn data set: layout, twins, captions that tell them apart, features, questions."""
 
 import copy
 import json
