@@ -57,13 +57,16 @@ class Seed:
 def read_set(name: str) -> dict[str, list[Seed]]:
     """The runs of a set of ablations.py, by the title of their variant.
 
-    Raises InputError if the seeds of a variant differ in an option that both logs have.
+    Raises InputError if the seeds of a variant differ in an option that both logs have, or if a
+    run has no test.json.
     """
     found = {}
     for variant, (title, _) in SETS[name].variants.items():
         folders = sorted((ROOT / "results" / name).glob(f"{variant}-s[0-9]*"))
         seeds = [Seed(folder) for folder in folders]
         for folder, seed in zip(folders, seeds, strict=True):
+            if "test.json" in SETS[name].tests and not seed.test:
+                raise InputError(f"{folder}: no test.json; scripts/ablations.py makes it")
             first, other = seeds[0].options, seed.options
             for option in first.keys() & other.keys() - APART:
                 if first[option] != other[option]:

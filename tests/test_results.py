@@ -111,6 +111,8 @@ def test_what_is_not_measured_is_said(root):
     shutil.rmtree(root / "results/flickr8k")
     succeeded(call(root, results.main, "--write"))
     assert "begin -->\nNot measured yet.\n<!-- results: end" in (root / "README.md").read_text()
+    (root / "results/scenes/vse-s0/test.json").unlink()
+    refused(call(root, results.main, "--write"), "vse-s0: no test.json")
 
 
 @pytest.mark.parametrize("name, old, new, words", [
