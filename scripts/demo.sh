@@ -13,4 +13,4 @@ python -W ignore train.py --data_name scenes_precomp --model_name $run/checkpoin
 python -W ignore evaluation.py --model_path $run/checkpoint/model_best.pth.tar \
   --save_sims $run/sims.npy --save_metrics $run/metrics.json
 python scripts/visualize.py retrieval --sims $run/sims.npy --data_name scenes_precomp \
-  --pictures data/scenes_images/test --out $run/retrieval.png
+  --pictures data/scenes_images/test --out $run/retrieval.png --overwrite

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import visualize
-from conftest import RUN, call, load_split, refused, succeeded
+from conftest import ROOT, RUN, call, load_split, refused, succeeded
 from PIL import Image
 
 from attention import cross_attention
@@ -74,12 +74,12 @@ def test_a_figure_is_written_and_not_overwritten(here, suffix, tmp_path):
     out = tmp_path / f"f.{suffix}"
     arguments = ("attention", *MODEL, "--pictures", "pictures", "--out", out)
     succeeded(command(*arguments))
-    before = out.read_bytes()
-    assert len(before) > 8000
+    assert len(before := out.read_bytes()) > 8000
     refused(command(*arguments, "--image", 3), f"f.{suffix}", "--out", "--overwrite")
     assert out.read_bytes() == before
     succeeded(command(*arguments, "--image", 3, "--overwrite"))
     assert out.read_bytes() != before and list(tmp_path.iterdir()) == [out]
+    assert "--overwrite" in (ROOT / "scripts/demo.sh").read_text()  # which may be run again
 
 
 @pytest.mark.parametrize("arguments, word", [
