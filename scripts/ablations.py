@@ -48,7 +48,8 @@ BASELINES = {
     "vse": ("VSE++", f"{NO_LAYERS} --similarity vse"),
 }
 FLICKR8K = "--data_name f8k_precomp --embed_size 256 --sim_dim 64 --batch_size 128"
-VSE_MODERN = f"{NO_LAYERS} --similarity vse {MODERN} --encoder_epochs 0"
+COSINE_MODERN = f"{NO_LAYERS} {MODERN} --encoder_epochs 0"  # of SCAN and VSE++
+VSE_MODERN = f"{COSINE_MODERN} --similarity vse"
 SETS = {
     "flickr8k": Set(
         f"{FLICKR8K} --patience 5",
@@ -57,6 +58,7 @@ SETS = {
             "lhsc": ("LHSC, official recipe", ""),
             "official-padding": ("LHSC, official recipe and padding", "--padding official"),
             "warm": ("LHSC, official recipe with a warm-up", WARM),
+            "scan-modern": ("SCAN, `--recipe modern`", f"{COSINE_MODERN} --similarity scan"),
             "vse-modern": ("VSE++, `--recipe modern`", VSE_MODERN),
             "saf-modern": ("SAF, `--recipe modern`", f"{NO_LAYERS} {MODERN}"),
             "modern": ("LHSC, `--recipe modern`", MODERN),
