@@ -364,20 +364,17 @@ class LHSC(nn.Module):
         captions: Tensor,
         lengths: Tensor,
         dtype: torch.dtype | None = None,
-        similarity: Similarity | None = None,
     ) -> Tensor:
         """images (B, R, img_dim), captions (C, L), lengths (C,) -> sims (B, C).
 
         dtype: used for the large matrix products (torch.bfloat16 in mixed precision); None keeps
         the weights' dtype. The encoders run under autocast; the similarity casts the factors of its
         products. Weights, sums and scores keep their dtype.
-        similarity: used instead of the model's own.
         """
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             region_emb = self.image_encoder(images)
             word_emb = self.text_encoder(captions, lengths)
-        similarity = self.similarity if similarity is None else similarity
-        return similarity(region_emb, word_emb, lengths, dtype)
+        return self.similarity(region_emb, word_emb, lengths, dtype)
 
 
 # -- losses on sims (B, B), where image i belongs to caption i ------------------------------------

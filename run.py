@@ -331,18 +331,13 @@ class RunLog:
             )
         self.data_time, self._start = 0.0, time.perf_counter()
 
-    def dev(self, state: RunState, metrics: dict, is_best: bool, encoders_only: bool) -> None:
-        """A validation line, under the official tags (t2i has an i behind, as in VSE++).
-
-        encoders_only: the metrics are of the encoders' cosine similarity; the type is "encoders".
-        """
-        kind = "encoders" if encoders_only else "dev"
-        line = {"type": kind, "epoch": state.epoch, "step": state.step, "best": is_best}
+    def dev(self, state: RunState, metrics: dict, is_best: bool) -> None:
+        """A validation line, under the official tags (t2i has an i behind, as in VSE++)."""
+        line = {"type": "dev", "epoch": state.epoch, "step": state.step, "best": is_best}
         t2i = {f"{name}i": value for name, value in metrics["t2i"].items()}
         scalars = metrics["i2t"] | t2i | {"rsum": metrics["rsum"]}
         self._write(line | metrics, scalars, state.step)
-        note = "  (dev, the encoders' cosine similarity)" if encoders_only else ""
-        print_on_main(report(metrics) + note + "  (dev, best so far)" * is_best)
+        print_on_main(report(metrics) + "  (dev, best so far)" * is_best)
         self._start = time.perf_counter()
 
 

@@ -11,6 +11,10 @@ folders is moved aside.
     python train.py --resume                            # continue ./runs/LHSC
     python train.py --resume runs/mine/checkpoint       # or another run, or one checkpoint_STEP
 
+    # on small data sets: first the encoders, with SCAN's similarity, then LHSC's alignments on them
+    python train.py --recipe modern --similarity scan --model_name runs/SCAN/checkpoint
+    python train.py --recipe modern --encoders runs/SCAN/checkpoint/model_best.pth.tar
+
     torchrun --nproc_per_node 4 train.py …              # on several GPUs: distributed.py
 """
 
@@ -26,12 +30,12 @@ import torch
 import torch.nn.functional as F
 
 import distributed
-from baselines import SIMILARITIES, VSESimilarity, build_model
-from checkpoint import MAX_LAYERS, MODEL_OPTIONS
+from baselines import SIMILARITIES, build_model
+from checkpoint import MAX_LAYERS, MODEL_OPTIONS, load_checkpoint, model_from
 from data import Batch, PrecompDataset, find_files, size_augmentation, train_loader
 from distributed import all_gather_with_grad, is_main_process, print_on_main
 from evaluation import PRECISIONS, evaluate
-from model import LHSC, Similarity, contrastive_loss, triplet_loss
+from model import LHSC, contrastive_loss, triplet_loss
 from run import (
     RunState,
     StopSignal,
@@ -59,11 +63,16 @@ from vocab import Vocabulary, build_from_data, read_word_vectors, vocab_file
 RECIPES = {
     "official": {},
     "modern": {
-        "loss": "contrastive", "encoder_epochs": 15, "size_augmentation": 0.2,
-        "feature_dropout": 0.5, "ema": 0.999,
+        "loss": "contrastive", "size_augmentation": 0.2, "feature_dropout": 0.5, "ema": 0.999,
         "learning_rate": 1e-3, "lr_update": 0, "lr_warmup": 200,
     },
 }  # fmt: skip
+
+# The options that shape the encoders: --encoders takes only a checkpoint with the same ones.
+ENCODER_OPTIONS = (
+    "vocab_size", "img_dim", "embed_size", "word_dim", "num_layers", "bi_gru", "graph_layers",
+    "text_layers", "no_imgnorm", "no_txtnorm", "padding",
+)  # fmt: skip
 
 
 def options() -> argparse.ArgumentParser:
@@ -111,8 +120,8 @@ def options() -> argparse.ArgumentParser:
     add("--precision", default="fp32", choices=[*PRECISIONS], help="of the large matrix products")
     add("--grad_clip", default=2.0, type=number(0), help="gradient norm; 0 = no clipping")
     add("--loss", default="triplet", choices=["triplet", "contrastive"], help="model.py has both")
-    add("--encoder_epochs", default=0, type=at_least(0),
-        help="first epochs train only the encoders, with VSE++'s cosine; later ones only the rest")
+    add("--encoders", default="", metavar="CKPT",
+        help="take the encoders of a trained model, and train only the similarity")
     add("--size_augmentation", default=0.0, type=number(0, 1),
         help="fraction of regions and words that each step drops at random")
     add("--feature_dropout", default=0.0, type=number(0, 1), help="dropout of region features")
@@ -167,17 +176,15 @@ def train_step(
     grad_clip: float = 2.0,
     dtype: torch.dtype | None = None,
     contrastive: bool = False,
-    similarity: Similarity | None = None,
 ) -> float:
     """One optimizer step; returns the loss, summed over the batch.
 
     dtype: used for the large matrix products; None keeps the weights' dtype.
     contrastive: contrastive_loss instead of triplet_loss.
-    similarity: used instead of the model's own.
 
     Raises InputError if the loss or the gradient is not finite, before the weights change.
     """
-    sims = model(batch.images, batch.captions, batch.lengths, dtype, similarity)
+    sims = model(batch.images, batch.captions, batch.lengths, dtype)
     sims = all_gather_with_grad(sims, replicated=True)
     if contrastive:
         loss = contrastive_loss(sims, all_gather_with_grad(batch.image_index, replicated=True))
@@ -214,18 +221,12 @@ def augment(batch: Batch, size: float, dropout: float) -> Batch:
     return batch._replace(images=F.dropout(batch.images, dropout)) if dropout else batch
 
 
-def freeze(model: LHSC, encoders_only: bool) -> None:
-    """Train only the encoders, or only the rest."""
-    model.requires_grad_(encoders_only)
-    model.similarity.requires_grad_(not encoders_only)
-
-
 @torch.no_grad()
 def update_ema(ema_model: LHSC, model: LHSC, decay: float, step: int) -> None:
     """ema_model ← decay · ema_model + (1 − decay) · model, buffers too.
 
-    step: steps that these weights have been trained for, from 1. The decay is at most
-    (1 + step) / (10 + step), so that the random initial weights are soon forgotten.
+    step: optimizer steps, from 1. The decay is at most (1 + step) / (10 + step), so that the random
+    initial weights are soon forgotten.
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
     states = ema_model.state_dict().values(), model.state_dict().values()
@@ -234,17 +235,6 @@ def update_ema(ema_model: LHSC, model: LHSC, decay: float, step: int) -> None:
             old.lerp_(new, weight)
         else:
             old.copy_(new)
-
-
-def validate(
-    model: LHSC, devset: PrecompDataset, device: torch.device, similarity: Similarity | None
-) -> dict:
-    """Metrics on dev. similarity: used instead of the model's own."""
-    own = model.similarity
-    model.similarity = own if similarity is None else similarity
-    metrics, _ = evaluate([model.eval()], devset, device)
-    model.similarity = own
-    return metrics
 
 
 def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = None) -> float:
@@ -267,41 +257,33 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
     with open_run(opt, state, resumed=saved is not None) as log, StopSignal() as stop:
         log.header(opt, model, device)
         for epoch in range(state.epoch, opt.num_epochs):
-            if opt.patience and epoch - max(state.best_epoch, opt.encoder_epochs) > opt.patience:
+            if opt.patience and epoch - state.best_epoch > opt.patience:
                 print_on_main(f"no better dev rsum in {opt.patience} epochs: stopped")
                 break
             loader.batch_sampler.set_epoch(epoch, state.batch)
-            encoders_only = epoch < opt.encoder_epochs
-            if opt.encoder_epochs:
-                freeze(model, encoders_only)
-            if ema_model is not None and epoch == opt.encoder_epochs and state.batch == 0:
-                model.load_state_dict(ema_model.state_dict())
-            similarity = VSESimilarity() if encoders_only else None
-            contrastive = encoders_only or opt.loss == "contrastive"
+            contrastive = opt.loss == "contrastive"
             hardest = opt.max_violation and epoch >= opt.warmup_epochs and not contrastive
             for batch in batches(loader, log):
                 model.train()
                 batch = augment(batch.to(device), opt.size_augmentation, opt.feature_dropout)
                 lr = set_learning_rate(optimizer, opt, epoch, state.step)
                 loss = train_step(
-                    model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype,
-                    contrastive, similarity,
-                )  # fmt: skip
+                    model, optimizer, batch, opt.margin, hardest, opt.grad_clip, dtype, contrastive
+                )
                 state.step += 1
                 state.batch += 1
                 state.loss_sum += loss
                 if ema_model is not None:
-                    before = 0 if encoders_only else opt.encoder_epochs * len(loader)
-                    update_ema(ema_model, model, opt.ema, state.step - before)
+                    update_ema(ema_model, model, opt.ema, state.step)
 
                 is_last = state.batch == len(loader)
                 if state.step % opt.log_step == 0 or is_last:
                     log.train(state, lr, len(loader), 2 * opt.margin * opt.batch_size * hardest)
                 if state.step % opt.val_step == 0 or is_last:
                     best_model = ema_model or model
-                    metrics = validate(best_model, devset, device, similarity)
-                    is_best = not encoders_only and metrics["rsum"] > state.best_rsum
-                    log.dev(state, metrics, is_best, encoders_only)
+                    metrics, _ = evaluate([best_model.eval()], devset, device)
+                    is_best = metrics["rsum"] > state.best_rsum
+                    log.dev(state, metrics, is_best)
                     if is_best:
                         state.best_rsum, state.best_epoch = metrics["rsum"], epoch
                         save_best(folder, opt, vocab, state, best_model)
@@ -356,10 +338,8 @@ def build(
 ) -> tuple[LHSC, LHSC | None, torch.optim.Optimizer]:
     """The model, initialised with --seed, its averaged copy (with --ema), and the optimizer.
 
-    vocab: for --word_vectors; None if weights will be restored.
+    vocab: for --word_vectors and --encoders; None if weights will be restored.
     """
-    if opt.encoder_epochs >= opt.num_epochs:
-        raise InputError(f"--encoder_epochs {opt.encoder_epochs}: leaves none of --num_epochs")
     if opt.batch_size < distributed.world_size():
         raise InputError(f"--batch_size {opt.batch_size}: fewer examples than processes")
     if opt.deterministic:
@@ -376,10 +356,35 @@ def build(
         scale = float(weight.std() / vectors.std())  # larger ones saturate the word self-attention
         weight[numbers] = scale * torch.from_numpy(vectors).to(device)
         print_on_main(f"{opt.word_vectors}: vectors of {len(numbers)} of {len(vocab)} words")
+    if vocab is not None and opt.encoders:
+        load_encoders(model, opt, vocab)
+    if opt.encoders:
+        model.requires_grad_(False).similarity.requires_grad_(True)
     ema_model = copy.deepcopy(model).requires_grad_(False) if opt.ema else None
     optimizer = torch.optim.Adam(model.parameters(), lr=opt.learning_rate, fused=True)
     seed_rank(opt.seed, 0)
     return model, ema_model, optimizer
+
+
+def load_encoders(model: LHSC, opt: argparse.Namespace, vocab: Vocabulary) -> None:
+    """Give the model the encoders of the checkpoint --encoders.
+
+    Raises InputError if they have other options or another vocabulary than the model, or if the
+    model's similarity has no weights to train.
+    """
+    checkpoint = load_checkpoint(opt.encoders)
+    trained = model_from(checkpoint, opt.encoders)
+    for name in ENCODER_OPTIONS:
+        theirs, ours = checkpoint["opt"][name], getattr(opt, name)
+        if theirs != ours:
+            raise InputError(f"--encoders {opt.encoders}: its {name} is {theirs}, not {ours}")
+    fingerprint = vocab.fingerprint()
+    if checkpoint.get("vocab", fingerprint) != fingerprint:
+        raise InputError(f"--encoders {opt.encoders}: trained with another vocabulary")
+    if not list(model.similarity.parameters()):
+        raise InputError(f"--encoders: --similarity {opt.similarity} has no weights to train")
+    model.image_encoder.load_state_dict(trained.image_encoder.state_dict())
+    model.text_encoder.load_state_dict(trained.text_encoder.state_dict())
 
 
 @one_line

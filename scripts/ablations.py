@@ -38,7 +38,7 @@ class Set(NamedTuple):
 
 TEST = "evaluation.py --bootstrap 1000 --save_metrics"
 QB_TEST = "evaluation.py --qb_norm 20 --bootstrap 1000 --save_metrics"
-RECIPE_EPOCHS = 15  # of each run of the set `recipe`: the encoder_epochs of --recipe modern
+RECIPE_EPOCHS = 15  # of each run of the set `recipe`
 NO_LAYERS = "--graph_layers 0 --text_layers 0"
 MODERN = "--recipe modern --word_dim 100 --word_vectors data/word_vectors.txt"
 WARM = "--learning_rate 5e-4 --warmup_epochs 2"
@@ -48,8 +48,7 @@ BASELINES = {
     "vse": ("VSE++", f"{NO_LAYERS} --similarity vse"),
 }
 FLICKR8K = "--data_name f8k_precomp --embed_size 256 --sim_dim 64 --batch_size 128"
-COSINE_MODERN = f"{NO_LAYERS} {MODERN} --encoder_epochs 0"  # of SCAN and VSE++
-VSE_MODERN = f"{COSINE_MODERN} --similarity vse"
+VSE_MODERN = f"{NO_LAYERS} {MODERN} --similarity vse"
 SETS = {
     "flickr8k": Set(
         f"{FLICKR8K} --patience 5",
@@ -58,9 +57,13 @@ SETS = {
             "lhsc": ("LHSC, official recipe", ""),
             "official-padding": ("LHSC, official recipe and padding", "--padding official"),
             "warm": ("LHSC, official recipe with a warm-up", WARM),
-            "scan-modern": ("SCAN, `--recipe modern`", f"{COSINE_MODERN} --similarity scan"),
             "vse-modern": ("VSE++, `--recipe modern`", VSE_MODERN),
+            "scan-modern": ("SCAN, `--recipe modern`", f"{NO_LAYERS} {MODERN} --similarity scan"),
             "saf-modern": ("SAF, `--recipe modern`", f"{NO_LAYERS} {MODERN}"),
+            "scan-layers": (
+                "SCAN with LHSC's layers, `--recipe modern`",
+                f"{MODERN} --similarity scan",
+            ),
             "modern": ("LHSC, `--recipe modern`", MODERN),
         },
         {"test.json": TEST, "test-qb.json": QB_TEST},
@@ -96,6 +99,10 @@ SETS = {
 QUIET = "--workers 0 --log_step 100 --val_step 1000000 --save_step 1000000"  # once per epoch
 
 
+# Variants whose encoders are those of another variant, trained before.
+ENCODERS_OF = {"saf-modern": "scan-modern", "modern": "scan-layers"}
+
+
 class Run(NamedTuple):
     set_name: str
     variant: str
@@ -113,6 +120,9 @@ class Run(NamedTuple):
         options = f"{a_set.common} {a_set.variants[self.variant][1]} {QUIET} --seed {self.seed}"
         train = ["train.py", *where, *options.split(), "--model_name", checkpoints]
         train += ["--logger_name", folder / "log"]
+        if self.variant in ENCODERS_OF:
+            trained = self._replace(variant=ENCODERS_OF[self.variant]).folder(opt.runs)
+            train += ["--encoders", trained / "checkpoint/model_best.pth.tar"]
         if any(checkpoints.glob("checkpoint_*.pth.tar")):
             train.append("--resume")
         tests = ([*test.split(), folder / file, *best] for file, test in a_set.tests.items())
@@ -168,8 +178,11 @@ def main() -> None:
         for run in runs:
             print(*(f"python {shlex.join(command)}" for command in run.commands(opt)), sep="\n")
         return
+    done = []
     with ThreadPoolExecutor(opt.jobs) as pool:
-        done = list(pool.map(lambda run: run.carry_out(opt), runs))
+        for later in (False, True):  # a variant that takes another's encoders waits for all others
+            now = [run for run in runs if (run.variant in ENCODERS_OF) == later]
+            done += pool.map(lambda run: run.carry_out(opt), now)
     print(f"{sum(done)} of {len(done)} runs done; python scripts/results.py --write")
     sys.exit(not all(done))
 

@@ -256,7 +256,7 @@ def draw_attention(opt: argparse.Namespace) -> plt.Figure:
 def read_log(path: Path) -> dict[str, list[dict]]:
     """The lines of a run's metrics.jsonl (a file, or the folder that holds it) by type."""
     lines = read_lines(path / "metrics.jsonl" if path.is_dir() else path)
-    kinds = "run", "resume", "train", "encoders", "dev"
+    kinds = "run", "resume", "train", "dev"
     return {kind: [x for x in lines if x["type"] == kind] for kind in kinds}
 
 
@@ -276,10 +276,6 @@ def curves_figure(logs: dict[str, dict[str, list[dict]]]) -> plt.Figure:
         if warmup:  # its loss sums all negatives, which makes it much larger
             loss.axvline(max(warmup), color=color, ls=":")
             loss.set_title("training loss (dotted: hardest negatives start)")
-        if encoders := log["encoders"]:
-            steps = [x["step"] for x in encoders]
-            rsum.plot(steps, [x["rsum"] for x in encoders], ":", color=color)
-            rsum.set_title("dev rsum (dotted: the encoders' cosine similarity)")
         steps = [x["step"] for x in dev]
         rsum.plot(steps, [x["rsum"] for x in dev], "o-", ms=3, color=color, label=name)
         for way, style in (("i2t", "-"), ("t2i", "--")):

@@ -136,6 +136,8 @@ def test_ablations_go_on_where_they_were(tmp_path):
     ablate = [tmp_path, ablations.main, "scenes", "--results", "results", "--only"]
     listed = succeeded(call(*ablate, "vse", "--seeds", 4, "--list"))
     assert "--similarity vse" in listed and "--seed 4" in listed and "--resume" not in listed
+    modern = call(tmp_path, ablations.main, "flickr8k", "--only=modern", "--seeds=4", "--list")
+    assert "--encoders runs/ablations/flickr8k/scan-layers-s4/checkpoint/" in succeeded(modern)
     done = call(*ablate, "vse", "--seeds", 4)
     assert done.returncode == 0, (tmp_path / "runs/ablations/scenes/vse-s4/output.txt").read_text()
     kept = tmp_path / "results/scenes/vse-s4"
