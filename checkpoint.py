@@ -86,9 +86,7 @@ def load_checkpoint(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"{path}: no checkpoint here; train one with train.py or name one with --model_path"
-        )
+        raise InputError(f"{path}: no checkpoint here; train.py writes one, or name another file")
     try:
         if zipfile.is_zipfile(path):  # Python 2's files are not archives and have no checksums
             with zipfile.ZipFile(path) as archive:

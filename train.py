@@ -12,7 +12,8 @@ folders is moved aside.
     python train.py --resume runs/mine/checkpoint       # or another run, or one checkpoint_STEP
 
     # on small data sets: first the encoders, with SCAN's similarity, then LHSC's alignments on them
-    python train.py --recipe modern --similarity scan --model_name runs/SCAN/checkpoint
+    python train.py --recipe modern --similarity scan --model_name runs/SCAN/checkpoint \\
+        --logger_name runs/SCAN/log
     python train.py --recipe modern --encoders runs/SCAN/checkpoint/model_best.pth.tar
 
     torchrun --nproc_per_node 4 train.py …              # on several GPUs: distributed.py
@@ -70,8 +71,8 @@ RECIPES = {
 
 # The options that shape the encoders: --encoders takes only a checkpoint with the same ones.
 ENCODER_OPTIONS = (
-    "vocab_size", "img_dim", "embed_size", "word_dim", "num_layers", "bi_gru", "graph_layers",
-    "text_layers", "no_imgnorm", "no_txtnorm", "padding",
+    "img_dim", "embed_size", "word_dim", "num_layers", "bi_gru", "graph_layers", "text_layers",
+    "no_imgnorm", "no_txtnorm", "padding",
 )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def options() -> argparse.ArgumentParser:
     add("--grad_clip", default=2.0, type=number(0), help="gradient norm; 0 = no clipping")
     add("--loss", default="triplet", choices=["triplet", "contrastive"], help="model.py has both")
     add("--encoders", default="", metavar="CKPT",
-        help="take the encoders of a trained model, and train only the similarity")
+        help="take the encoders of this model_best.pth.tar, and train only the similarity")
     add("--size_augmentation", default=0.0, type=number(0, 1),
         help="fraction of regions and words that each step drops at random")
     add("--feature_dropout", default=0.0, type=number(0, 1), help="dropout of region features")
@@ -251,6 +252,7 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
         raise InputError(f"{opt.data_path}/{opt.data_name}: {len(trainset)} captions make no batch")
     state = restore(saved, model, ema_model, optimizer, vocab, opt) if saved else RunState()
     folder, dtype = Path(opt.model_name), None if opt.precision == "fp32" else torch.bfloat16
+    contrastive = opt.loss == "contrastive"
     if state.epoch >= opt.num_epochs:
         print_on_main(f"{folder}: all {state.epoch} epochs are done, nothing is left to do")
 
@@ -261,7 +263,6 @@ def train(opt: argparse.Namespace, device: torch.device, saved: dict | None = No
                 print_on_main(f"no better dev rsum in {opt.patience} epochs: stopped")
                 break
             loader.batch_sampler.set_epoch(epoch, state.batch)
-            contrastive = opt.loss == "contrastive"
             hardest = opt.max_violation and epoch >= opt.warmup_epochs and not contrastive
             for batch in batches(loader, log):
                 model.train()
@@ -350,14 +351,14 @@ def build(
         model = build_model(**{name: getattr(opt, name) for name in MODEL_OPTIONS}).to(device)
     except (RuntimeError, ValueError) as error:  # overflow, too little memory, dropout above 1
         raise InputError(f"a model of these sizes cannot be made: {error}") from error
-    if vocab is not None and opt.word_vectors:
+    if vocab is not None and opt.encoders:
+        load_encoders(model, opt, vocab)
+    elif vocab is not None and opt.word_vectors:
         numbers, vectors = read_word_vectors(opt.word_vectors, vocab, opt.word_dim)
         weight = model.text_encoder.embed.weight.detach()
         scale = float(weight.std() / vectors.std())  # larger ones saturate the word self-attention
         weight[numbers] = scale * torch.from_numpy(vectors).to(device)
         print_on_main(f"{opt.word_vectors}: vectors of {len(numbers)} of {len(vocab)} words")
-    if vocab is not None and opt.encoders:
-        load_encoders(model, opt, vocab)
     if opt.encoders:
         model.requires_grad_(False).similarity.requires_grad_(True)
     ema_model = copy.deepcopy(model).requires_grad_(False) if opt.ema else None
@@ -369,20 +370,27 @@ def build(
 def load_encoders(model: LHSC, opt: argparse.Namespace, vocab: Vocabulary) -> None:
     """Give the model the encoders of the checkpoint --encoders.
 
+    Their weights then stay as they are. Dropout goes on in training, and so do the statistics of
+    the graph layers' BatchNorm.
+
     Raises InputError if they have other options or another vocabulary than the model, or if the
     model's similarity has no weights to train.
     """
-    checkpoint = load_checkpoint(opt.encoders)
-    trained = model_from(checkpoint, opt.encoders)
-    for name in ENCODER_OPTIONS:
-        theirs, ours = checkpoint["opt"][name], getattr(opt, name)
-        if theirs != ours:
-            raise InputError(f"--encoders {opt.encoders}: its {name} is {theirs}, not {ours}")
-    fingerprint = vocab.fingerprint()
-    if checkpoint.get("vocab", fingerprint) != fingerprint:
-        raise InputError(f"--encoders {opt.encoders}: trained with another vocabulary")
     if not list(model.similarity.parameters()):
         raise InputError(f"--encoders: --similarity {opt.similarity} has no weights to train")
+    checkpoint = load_checkpoint(opt.encoders)
+    trained = model_from(checkpoint, opt.encoders)
+    of, fingerprint = checkpoint["opt"], vocab.fingerprint()
+    if of["vocab_size"] != len(vocab) or checkpoint.get("vocab", fingerprint) != fingerprint:
+        file = vocab_file(opt.vocab_path, opt.data_name)
+        raise InputError(f"--encoders {opt.encoders}: trained with another vocabulary than {file}")
+    for name in ENCODER_OPTIONS:
+        if of[name] != getattr(opt, name):
+            raise InputError(
+                f"--encoders {opt.encoders}: trained with {name} {of[name]}, which is "
+                f"{getattr(opt, name)} here; give the same"
+            )
+    print_on_main(f"{opt.encoders}: its encoders are taken, only the similarity is trained")
     model.image_encoder.load_state_dict(trained.image_encoder.state_dict())
     model.text_encoder.load_state_dict(trained.text_encoder.state_dict())
 

@@ -59,10 +59,18 @@ SETS = {
             "warm": ("LHSC, official recipe with a warm-up", WARM),
             "vse-modern": ("VSE++, `--recipe modern`", VSE_MODERN),
             "scan-modern": ("SCAN, `--recipe modern`", f"{NO_LAYERS} {MODERN} --similarity scan"),
+            "mean-modern": (
+                "mean of SCAN's and VSE++'s scores, `--recipe modern`",
+                f"{NO_LAYERS} {MODERN} --similarity scan+vse",
+            ),
             "saf-modern": ("SAF, `--recipe modern`", f"{NO_LAYERS} {MODERN}"),
             "scan-layers": (
                 "SCAN with LHSC's layers, `--recipe modern`",
                 f"{MODERN} --similarity scan",
+            ),
+            "mean-layers": (
+                "that mean with LHSC's layers, `--recipe modern`",
+                f"{MODERN} --similarity scan+vse",
             ),
             "modern": ("LHSC, `--recipe modern`", MODERN),
         },
@@ -96,11 +104,9 @@ SETS = {
         {"test.json": TEST, "diagnosis.json": "scripts/diagnose.py --json"},
     ),
 }
-QUIET = "--workers 0 --log_step 100 --val_step 1000000 --save_step 1000000"  # once per epoch
-
-
-# Variants whose encoders are those of another variant, trained before.
+# Variants whose encoders are those of another variant, which has to be trained before.
 ENCODERS_OF = {"saf-modern": "scan-modern", "modern": "scan-layers"}
+QUIET = "--workers 0 --log_step 100 --val_step 1000000 --save_step 1000000"  # once per epoch
 
 
 class Run(NamedTuple):
@@ -111,6 +117,11 @@ class Run(NamedTuple):
     def folder(self, parent: Path) -> Path:
         return parent / self.set_name / f"{self.variant}-s{self.seed}"
 
+    def encoders(self) -> Run | None:
+        """The run whose encoders this one takes."""
+        variant = ENCODERS_OF.get(self.variant)
+        return self._replace(variant=variant) if variant else None
+
     def commands(self, opt: argparse.Namespace) -> list[list[str]]:
         """The training, and the tests of its checkpoint."""
         a_set, folder = SETS[self.set_name], self.folder(opt.runs)
@@ -120,9 +131,8 @@ class Run(NamedTuple):
         options = f"{a_set.common} {a_set.variants[self.variant][1]} {QUIET} --seed {self.seed}"
         train = ["train.py", *where, *options.split(), "--model_name", checkpoints]
         train += ["--logger_name", folder / "log"]
-        if self.variant in ENCODERS_OF:
-            trained = self._replace(variant=ENCODERS_OF[self.variant]).folder(opt.runs)
-            train += ["--encoders", trained / "checkpoint/model_best.pth.tar"]
+        if trained := self.encoders():
+            train += ["--encoders", trained.folder(opt.runs) / "checkpoint/model_best.pth.tar"]
         if any(checkpoints.glob("checkpoint_*.pth.tar")):
             train.append("--resume")
         tests = ([*test.split(), folder / file, *best] for file, test in a_set.tests.items())
@@ -137,6 +147,9 @@ class Run(NamedTuple):
     def carry_out(self, opt: argparse.Namespace) -> bool:
         """Train, evaluate and keep the logs; False if one of the commands failed."""
         folder, name = self.folder(opt.runs), self.folder(Path())
+        if (first := self.encoders()) and not all(made.is_file() for made in first.logs(opt)):
+            print(f"{name}: needs {first.folder(opt.runs)}, not done yet", file=sys.stderr)
+            return False
         folder.mkdir(parents=True, exist_ok=True)
         one_thread = {"OMP_NUM_THREADS": "1"} if opt.jobs > 1 else {}
         with (folder / "output.txt").open("a", encoding="utf-8") as output:
@@ -174,6 +187,7 @@ def main() -> None:
         raise InputError(f"--only {min(unknown)}: {opt.set} has {', '.join(variants)}")
     runs = [Run(opt.set, name, seed) for seed in opt.seeds for name in opt.only or variants]
     runs = [run for run in runs if not all(kept.is_file() for kept in run.logs(opt).values())]
+    runs.sort(key=lambda run: run.variant in ENCODERS_OF)
     if opt.list:
         for run in runs:
             print(*(f"python {shlex.join(command)}" for command in run.commands(opt)), sep="\n")

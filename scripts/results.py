@@ -22,14 +22,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import benchmark
-from ablations import RECIPE_EPOCHS, SETS
+from ablations import ENCODERS_OF, RECIPE_EPOCHS, SETS
 from diagnose import KINDS
 from visualize import curves_figure, plt, read_log
 
 from utils import InputError, atomic_write, one_line, write_text
 
-# Options that may differ between the seeds of a variant: seed, paths, resume, workers.
-APART = {"seed", "data_path", "vocab_path", "model_name", "logger_name", "resume", "workers"}
+# Options that may differ between the seeds of a variant.
+APART = {
+    "seed", "data_path", "vocab_path", "model_name", "logger_name", "resume", "workers", "encoders",
+}  # fmt: skip
 # Steps of the paper's trainings: 50 epochs of 145,000 and 566,435 captions, 128 per batch.
 PAPER = {"Flickr30K": 56_650, "MS-COCO": 221_300}
 # The columns in README.md.
@@ -52,6 +54,7 @@ class Seed:
         self.dev = max(line["rsum"] for line in self.log["dev"])  # of the checkpoint tested
         seconds = statistics.median(line["batch_time"] for line in self.log["train"])
         self.minutes = self.log["train"][-1]["step"] * seconds / 60  # of steps, without validation
+        self.epochs = self.log["dev"][-1]["epoch"] + 1
 
 
 def read_set(name: str) -> dict[str, list[Seed]]:
@@ -71,6 +74,10 @@ def read_set(name: str) -> dict[str, list[Seed]]:
             for option in first.keys() & other.keys() - APART:
                 if first[option] != other[option]:
                     raise InputError(f"{folder}: another seed has another --{option}")
+            if variant in ENCODERS_OF:  # their training is a part of it
+                encoders = Seed(folder.with_name(f"{ENCODERS_OF[variant]}-s{other['seed']}"))
+                seed.minutes += encoders.minutes
+                seed.epochs += encoders.epochs
         if seeds:
             found[title] = seeds
     return found
@@ -132,7 +139,7 @@ def photo_rows(photos: dict[str, list[Seed]]) -> list[dict[str, str]]:
     for title, seeds in photos.items():
         columns = recalls(title, [seed.test for seed in seeds], [seed.dev for seed in seeds])
         columns["with QB-Norm"] = spread([seed.qb_norm for seed in seeds if seed.qb_norm])
-        epochs = statistics.mean(seed.log["dev"][-1]["epoch"] + 1 for seed in seeds)
+        epochs = statistics.mean(seed.epochs for seed in seeds)
         rows.append(columns | {"epochs": f"{epochs:.0f}"} | cost(seeds))
     return rows + untrained_row("ensemble", "LHSC, `--recipe modern`, ensemble of two seeds")
 

@@ -231,10 +231,7 @@ class OfficialLHSC(nn.Module):
 
 
 def hinge_loss(sims: Tensor, margin=0.2, max_violation=True) -> Tensor:
-    """Hinge on the wrong captions of each image and images of each caption, summed.
-
-    max_violation: only the hardest of each counts.
-    """
+    """Hinge on each image's wrong captions and back, summed; max_violation: only the hardest."""
     loss = sims.new_zeros(())
     for i in range(len(sims)):
         wrong = [j for j in range(len(sims)) if j != i]

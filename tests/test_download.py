@@ -57,10 +57,7 @@ def npy(*shape):
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """The files of a small F30K: {path: content}. The working folder is an empty one.
-
-    dev has each image five times over, as older files have.
-    """
+    """The files of a small F30K: {path: content}; dev has each image five times, as older files."""
     monkeypatch.setitem(download_data.IMAGES, NAME, {"train": [6], "dev": [4], "test": [3]})
     monkeypatch.setattr(download_data, "REGIONS", (6, 8))
     for split, (n,) in download_data.IMAGES[NAME].items():

@@ -118,10 +118,7 @@ def test_scores_loss_and_every_gradient_of_a_step(kind, golden, batch, dtype):
 
 
 def test_training_follows_the_official_code_for_60_steps():
-    """The loss of every step and the final weights, in double precision, up to rounding's growth.
-
-    All negatives at first, then the hardest; the learning rate falls once on the way.
-    """
+    """Each loss and the last weights, up to rounding; all negatives, then the hardest; lr falls."""
     with np.load(GOLDENS / "trajectory_a.npz", allow_pickle=False) as file:
         golden = dict(file)
     opt = json.loads(str(golden["opt"]))

@@ -58,7 +58,7 @@ def test_trained_encoders_are_taken_and_kept(tiny, monkeypatch):
     changed = {name.split(".")[-1] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}  # BatchNorm's
     for others, word in (
-        (["--graph_layers", 1], "graph_layers is 4, not 1"),
+        (["--graph_layers", 1], "trained with graph_layers 4, which is 1 here"),
         (["--similarity", "vse"], "--similarity vse has no weights to train"),
     ):
         refused(call(tiny, train.main, *take, *others), word)
@@ -140,10 +140,13 @@ def test_averaged_weights_are_exponential_and_forget_the_start():
 
 
 def test_averaged_weights_are_evaluated_and_resumed(tiny):
-    """Stopped in an epoch and continued, the average ends where it would have, bitwise."""
+    """A run that was stopped ends where it would have, bitwise, its encoders' file gone or not."""
     whole, part = tiny / RUN, tiny / "runs/part/checkpoint"
-    arguments = [*SMALL, "--recipe", "modern", "--num_epochs", 2, "--save_step", 4, "--keep", 99]
-    succeeded(call(tiny, train.main, *arguments))
+    arguments = [*SMALL, "--recipe", "modern", "--save_step", 4, "--keep", 99]
+    succeeded(call(tiny, train.main, *arguments, "--model_name", "runs/first"))
+    encoders = tiny / "runs/first/model_best.pth.tar"
+    succeeded(call(tiny, train.main, *arguments, "--encoders", encoders))
+    encoders.unlink()
     part.mkdir(parents=True)
     for name in ("checkpoint_16.pth.tar", "metrics.jsonl"):
         shutil.copy(whole / name, part / name)
