@@ -165,16 +165,6 @@ class VSESimilarity(Similarity):
         return images.image_global @ captions.caption_global.T
 
 
-class SCANVSESimilarity(SCANSimilarity):
-    """The mean of SCAN's score and VSE++'s: to train encoders for LHSC (train.py --encoders)."""
-
-    def score(
-        self, images: EncodedImages, captions: EncodedCaptions, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        scan = super().score(images, captions, dtype)
-        return (scan + images.image_global @ captions.caption_global.T) / 2
-
-
 SIMILARITIES = {
     "lhsc": SimilarityEncoder,
     "local": LocalSimilarity,
@@ -182,7 +172,6 @@ SIMILARITIES = {
     "attended": AttendedSimilarity,
     "scan": SCANSimilarity,
     "vse": VSESimilarity,
-    "scan+vse": SCANVSESimilarity,
 }
 
 

@@ -11,9 +11,9 @@ folders is moved aside.
     python train.py --resume                            # continue ./runs/LHSC
     python train.py --resume runs/mine/checkpoint       # or another run, or one checkpoint_STEP
 
-    # on small data sets: first the encoders, with SCAN's similarity, then LHSC's alignments on them
-    python train.py --recipe modern --similarity scan --model_name runs/SCAN/checkpoint \\
-        --logger_name runs/SCAN/log
+    # on small data sets: first SCAN, then LHSC's layers and similarity on SCAN's encoders
+    python train.py --recipe modern --similarity scan --graph_layers 0 --text_layers 0 \\
+        --model_name runs/SCAN/checkpoint --logger_name runs/SCAN/log
     python train.py --recipe modern --encoders runs/SCAN/checkpoint/model_best.pth.tar
 
     torchrun --nproc_per_node 4 train.py …              # on several GPUs: distributed.py
@@ -69,10 +69,10 @@ RECIPES = {
     },
 }  # fmt: skip
 
-# The options that shape the encoders: --encoders takes only a checkpoint with the same ones.
+# The options that --encoders does not change: those of its checkpoint have to be the same.
 ENCODER_OPTIONS = (
-    "img_dim", "embed_size", "word_dim", "num_layers", "bi_gru", "graph_layers", "text_layers",
-    "no_imgnorm", "no_txtnorm", "padding",
+    "img_dim", "embed_size", "word_dim", "num_layers", "bi_gru", "no_imgnorm", "no_txtnorm",
+    "padding",
 )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def options() -> argparse.ArgumentParser:
     add("--grad_clip", default=2.0, type=number(0), help="gradient norm; 0 = no clipping")
     add("--loss", default="triplet", choices=["triplet", "contrastive"], help="model.py has both")
     add("--encoders", default="", metavar="CKPT",
-        help="take the encoders of this model_best.pth.tar, and train only the similarity")
+        help="keep this model_best.pth.tar's encoders; train graph, word layers and similarity")
     add("--size_augmentation", default=0.0, type=number(0, 1),
         help="fraction of regions and words that each step drops at random")
     add("--feature_dropout", default=0.0, type=number(0, 1), help="dropout of region features")
@@ -360,7 +360,10 @@ def build(
         weight[numbers] = scale * torch.from_numpy(vectors).to(device)
         print_on_main(f"{opt.word_vectors}: vectors of {len(numbers)} of {len(vocab)} words")
     if opt.encoders:
-        model.requires_grad_(False).similarity.requires_grad_(True)
+        for part in (model.image_encoder.fc, model.text_encoder.embed, model.text_encoder.gru):
+            part.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError(f"--encoders {opt.encoders}: leaves nothing to train in this model")
     ema_model = copy.deepcopy(model).requires_grad_(False) if opt.ema else None
     optimizer = torch.optim.Adam(model.parameters(), lr=opt.learning_rate, fused=True)
     seed_rank(opt.seed, 0)
@@ -368,31 +371,23 @@ def build(
 
 
 def load_encoders(model: LHSC, opt: argparse.Namespace, vocab: Vocabulary) -> None:
-    """Give the model the encoders of the checkpoint --encoders.
+    """Give the model the encoders of the checkpoint --encoders; layers only if it has as many.
 
-    Their weights then stay as they are. Dropout goes on in training, and so do the statistics of
-    the graph layers' BatchNorm.
-
-    Raises InputError if they have other options or another vocabulary than the model, or if the
-    model's similarity has no weights to train.
+    Raises InputError if they have other options or another vocabulary than the model.
     """
-    if not list(model.similarity.parameters()):
-        raise InputError(f"--encoders: --similarity {opt.similarity} has no weights to train")
     checkpoint = load_checkpoint(opt.encoders)
     trained = model_from(checkpoint, opt.encoders)
     of, fingerprint = checkpoint["opt"], vocab.fingerprint()
     if of["vocab_size"] != len(vocab) or checkpoint.get("vocab", fingerprint) != fingerprint:
         file = vocab_file(opt.vocab_path, opt.data_name)
         raise InputError(f"--encoders {opt.encoders}: trained with another vocabulary than {file}")
-    for name in ENCODER_OPTIONS:
-        if of[name] != getattr(opt, name):
-            raise InputError(
-                f"--encoders {opt.encoders}: trained with {name} {of[name]}, which is "
-                f"{getattr(opt, name)} here; give the same"
-            )
-    print_on_main(f"{opt.encoders}: its encoders are taken, only the similarity is trained")
-    model.image_encoder.load_state_dict(trained.image_encoder.state_dict())
-    model.text_encoder.load_state_dict(trained.text_encoder.state_dict())
+    for name in (*ENCODER_OPTIONS, "graph_layers", "text_layers"):
+        theirs, ours = of[name], getattr(opt, name)
+        if theirs != ours and (theirs or name in ENCODER_OPTIONS):  # 0 layers fit any number
+            raise InputError(f"--encoders {opt.encoders}: {name} is {theirs} there, {ours} here")
+    model.image_encoder.load_state_dict(trained.image_encoder.state_dict(), strict=False)
+    model.text_encoder.load_state_dict(trained.text_encoder.state_dict(), strict=False)
+    print_on_main(f"{opt.encoders}: its encoders are kept")
 
 
 @one_line

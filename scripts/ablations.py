@@ -59,19 +59,7 @@ SETS = {
             "warm": ("LHSC, official recipe with a warm-up", WARM),
             "vse-modern": ("VSE++, `--recipe modern`", VSE_MODERN),
             "scan-modern": ("SCAN, `--recipe modern`", f"{NO_LAYERS} {MODERN} --similarity scan"),
-            "mean-modern": (
-                "mean of SCAN's and VSE++'s scores, `--recipe modern`",
-                f"{NO_LAYERS} {MODERN} --similarity scan+vse",
-            ),
             "saf-modern": ("SAF, `--recipe modern`", f"{NO_LAYERS} {MODERN}"),
-            "scan-layers": (
-                "SCAN with LHSC's layers, `--recipe modern`",
-                f"{MODERN} --similarity scan",
-            ),
-            "mean-layers": (
-                "that mean with LHSC's layers, `--recipe modern`",
-                f"{MODERN} --similarity scan+vse",
-            ),
             "modern": ("LHSC, `--recipe modern`", MODERN),
         },
         {"test.json": TEST, "test-qb.json": QB_TEST},
@@ -105,7 +93,7 @@ SETS = {
     ),
 }
 # Variants whose encoders are those of another variant, which has to be trained before.
-ENCODERS_OF = {"saf-modern": "scan-modern", "modern": "scan-layers"}
+ENCODERS_OF = {"saf-modern": "scan-modern", "modern": "scan-modern"}
 QUIET = "--workers 0 --log_step 100 --val_step 1000000 --save_step 1000000"  # once per epoch
 
 

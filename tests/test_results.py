@@ -55,7 +55,7 @@ def root(tmp_path, monkeypatch):
     (folder / "flickr8k/ensemble.json").write_text(json.dumps(test))
     (folder / "flickr8k/ensemble-qb.json").write_text(json.dumps(test | {"rsum": 96.0}))
     (folder / "flickr8k/vse-s0/test-qb.json").unlink()
-    for variant, rsum in (("vse-modern", 95.0), ("scan-layers", 96.0), ("modern", 98.0)):
+    for variant, rsum in (("vse-modern", 95.0), ("scan-modern", 96.0), ("modern", 98.0)):
         write_run(folder / f"flickr8k/{variant}-s0", 0, rsum)
     late = {"type": "dev", "epoch": ablations.RECIPE_EPOCHS, "step": 9999, "rsum": 200.0}
     with (folder / "flickr8k/vse-modern-s0/metrics.jsonl").open("a") as log:
@@ -141,8 +141,8 @@ def test_ablations_go_on_where_they_were(tmp_path):
     assert "--similarity vse" in listed and "--seed 4" in listed and "--resume" not in listed
     modern = [tmp_path, ablations.main, "flickr8k", "--only=modern", "--seeds=4"]
     listed = succeeded(call(*modern, "--list"))
-    assert "--encoders runs/ablations/flickr8k/scan-layers-s4/checkpoint/model_best" in listed
-    assert "modern-s4: needs runs/ablations/flickr8k/scan-layers-s4" in call(*modern).stderr
+    assert "--encoders runs/ablations/flickr8k/scan-modern-s4/checkpoint/model_best" in listed
+    assert "modern-s4: needs runs/ablations/flickr8k/scan-modern-s4" in call(*modern).stderr
     done = call(*ablate, "vse", "--seeds", 4)
     assert done.returncode == 0, (tmp_path / "runs/ablations/scenes/vse-s4/output.txt").read_text()
     kept = tmp_path / "results/scenes/vse-s4"
