@@ -376,15 +376,15 @@ def load_encoders(model: LHSC, opt: argparse.Namespace, vocab: Vocabulary) -> No
     Raises InputError if they have other options or another vocabulary than the model.
     """
     checkpoint = load_checkpoint(opt.encoders)
-    trained = model_from(checkpoint, opt.encoders)
-    of, fingerprint = checkpoint["opt"], vocab.fingerprint()
-    if of["vocab_size"] != len(vocab) or checkpoint.get("vocab", fingerprint) != fingerprint:
+    trained, theirs = model_from(checkpoint, opt.encoders), checkpoint["opt"]
+    fingerprint = vocab.fingerprint()
+    if theirs["vocab_size"] != len(vocab) or checkpoint.get("vocab", fingerprint) != fingerprint:
         file = vocab_file(opt.vocab_path, opt.data_name)
         raise InputError(f"--encoders {opt.encoders}: trained with another vocabulary than {file}")
     for name in (*ENCODER_OPTIONS, "graph_layers", "text_layers"):
-        theirs, ours = of[name], getattr(opt, name)
-        if theirs != ours and (theirs or name in ENCODER_OPTIONS):  # 0 layers fit any number
-            raise InputError(f"--encoders {opt.encoders}: {name} is {theirs} there, {ours} here")
+        found, ours = theirs[name], getattr(opt, name)
+        if found != ours and (found or name in ENCODER_OPTIONS):  # 0 layers fit any number
+            raise InputError(f"--encoders {opt.encoders}: {name} is {found} there, {ours} here")
     model.image_encoder.load_state_dict(trained.image_encoder.state_dict(), strict=False)
     model.text_encoder.load_state_dict(trained.text_encoder.state_dict(), strict=False)
     print_on_main(f"{opt.encoders}: its encoders are kept")
